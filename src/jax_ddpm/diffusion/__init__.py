@@ -1,0 +1,1 @@
+"""The mathematics: pure functions over frozen dataclasses, importing jax and numpy only."""

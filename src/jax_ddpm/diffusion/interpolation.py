@@ -1,0 +1,36 @@
+"""Interpolation of two images in the latent space x_t (Ho et al. 2020, figure 8)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
+from jax_ddpm.diffusion.process import Process, expand, per_example_normal, q_sample
+from jax_ddpm.diffusion.samplers.loop import Sampler, sample
+
+
+def interpolate(
+    sampler: Sampler,
+    denoiser: Denoiser,
+    process: Process,
+    pair: Float[Array, "2 *shape"],
+    t: Float[Array, ""],
+    weights: Float[Array, " n"],
+    key: Any,
+    conditioning: Conditioning,
+) -> Float[Array, "n *shape"]:
+    """Decodes (1-w)·x_t + w·x'_t for each weight w, with x_t, x'_t ~ q(· | x_0), q(· | x'_0).
+
+    ``sampler`` starts at t. Every weight shares one draw of the encoding noise and one of the
+    sampling noise, so that only w varies along the row; w = 0 and 1 are the two images'
+    reconstructions. Linear mixing shrinks the noise between them, as in the paper.
+    """
+    encode_key, decode_key = jax.random.split(key)
+    encoded = q_sample(process, pair, t, per_example_normal(jax.random.split(encode_key), pair))
+    w = expand(weights, jnp.zeros((weights.size,) + pair.shape[1:]))
+    xt = (1 - w) * encoded[:1] + w * encoded[1:]
+    keys = jnp.repeat(decode_key[None], weights.size, axis=0)
+    x, _ = sample(sampler, denoiser, xt, keys, conditioning)
+    return x

@@ -1,0 +1,148 @@
+"""The variational bound on the negative log-likelihood, term by term (Ho et al. 2020, eq. 5).
+
+    L = L_T + Σ_{t≥1} KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)) - log p(x_0 | x_{t=0}).
+
+All terms are in nats, averaged over dimensions: their sum divided by log 2 is bits/dim.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import log_ndtr
+from jaxtyping import Array, Float
+
+from jax_ddpm.diffusion.chain import Chain, q_posterior
+from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
+from jax_ddpm.diffusion.parameterisation import Prediction
+from jax_ddpm.diffusion.process import expand, fold_in, per_example_normal, q_sample
+
+ModelVariance = Literal["fixedsmall", "fixedlarge", "learned"]
+
+
+def mean_over_dims(x: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
+    """The mean of everything but the batch axis."""
+    return x.mean(axis=tuple(range(1, x.ndim)))
+
+
+def gaussian_kl(
+    mean_q: Array, log_variance_q: Array, mean_p: Array, log_variance_p: Array
+) -> Array:
+    """KL(N(mean_q, σ_q²) ‖ N(mean_p, σ_p²)) in nats, elementwise, from means and log-variances."""
+    log_ratio = log_variance_q - log_variance_p
+    # exp(r) - 1 - r, with the first two terms joined so that equal variances give exactly 0.
+    return 0.5 * (
+        jnp.expm1(log_ratio) - log_ratio + (mean_q - mean_p) ** 2 * jnp.exp(-log_variance_p)
+    )
+
+
+def discrete_decoder_log_likelihood(
+    x0: Float[Array, "batch *shape"],
+    mean: Float[Array, "batch *shape"],
+    log_variance: Float[Array, "batch *var"],
+    num_levels: int,
+) -> Float[Array, "batch *shape"]:
+    """log p(x_0) in nats of a Gaussian integrated over the bin of each level (Ho et al., eq. 13).
+
+    ``x0`` holds ``num_levels`` evenly spaced levels from -1 to 1 (256 for images); the bins of the
+    first and last level are open to ±∞, so the probabilities of all levels sum to 1.
+    """
+    half_bin = 1 / (num_levels - 1)
+    inverse_std = jnp.exp(-0.5 * log_variance)
+    upper = (x0 + half_bin - mean) * inverse_std
+    lower = (x0 - half_bin - mean) * inverse_std
+    # log(Φ(u) - Φ(l)), mirrored to the left tail where log Φ keeps its precision.
+    in_right_tail = x0 > mean
+    high = log_ndtr(jnp.where(in_right_tail, -lower, upper))
+    low = log_ndtr(jnp.where(in_right_tail, -upper, lower))
+    inside = high + jnp.log(-jnp.expm1(low - high))
+    is_first, is_last = x0 < -1 + half_bin, x0 > 1 - half_bin
+    return jnp.where(is_first, log_ndtr(upper), jnp.where(is_last, log_ndtr(-lower), inside))
+
+
+def model_log_variance(
+    chain: Chain, prediction: Prediction, t: Float[Array, " batch"], variance: ModelVariance
+) -> Float[Array, "batch *var"]:
+    """log σ_t² of p(x_{t-1} | x_t), broadcasting against x.
+
+    "fixedsmall" is β̃_t, "fixedlarge" is β_t, both with β̃ of t = 1 at t = 0 for the decoder;
+    "learned" is placed between log β̃_t and log β_t by the prediction's fraction.
+    """
+    xt = prediction.x0
+    smallest = chain.posterior_log_variance
+    if variance == "fixedsmall":
+        return expand(chain.gather(smallest, t), xt)
+    if variance == "fixedlarge":
+        largest = np.log(np.append(chain.posterior.variance[1], chain.betas[1:]))
+        return expand(chain.gather(largest, t), xt)
+    assert prediction.variance_fraction is not None, "this model predicts no variance"
+    span = np.log(chain.betas) - smallest
+    return expand(chain.gather(smallest, t), xt) + prediction.variance_fraction * expand(
+        chain.gather(span, t), xt
+    )
+
+
+def bound_term(
+    chain: Chain,
+    prediction: Prediction,
+    x0: Float[Array, "batch *shape"],
+    xt: Float[Array, "batch *shape"],
+    t: Float[Array, " batch"],
+    variance: ModelVariance,
+    num_levels: int,
+) -> Float[Array, " batch"]:
+    """L_{t-1} for t ≥ 1 and the discrete decoder's L_0 at t = 0, in nats/dim."""
+    true_mean, true_log_variance = q_posterior(chain, x0, xt, t)
+    mean, _ = q_posterior(chain, prediction.x0, xt, t)
+    log_variance = model_log_variance(chain, prediction, t, variance)
+    kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+    decoder = -discrete_decoder_log_likelihood(x0, mean, log_variance, num_levels)
+    return jnp.where(t == 0, mean_over_dims(decoder), mean_over_dims(kl))
+
+
+def prior_term(chain: Chain, x0: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in nats/dim."""
+    alpha_bar, noise = chain.alpha_bar[-1], chain.one_minus_alpha_bar[-1]
+    # ½(ᾱ·x_0² - ᾱ - log(1-ᾱ)), the last two terms joined in float64.
+    rest = -alpha_bar - np.log(noise)
+    return mean_over_dims(0.5 * (x0**2 * alpha_bar.astype(x0.dtype) + rest.astype(x0.dtype)))
+
+
+class BoundTerms(NamedTuple):
+    """The bound of a batch: ``steps[:, t]`` holds L_0 at t = 0 and L_{t-1} after, ``x0_mse`` the
+    squared error of the predicted x_0 there, ``prior`` is L_T; nats/dim."""
+
+    steps: Float[Array, "batch T"]
+    x0_mse: Float[Array, "batch T"]
+    prior: Float[Array, " batch"]
+
+    @property
+    def total(self) -> Float[Array, " batch"]:
+        return self.steps.sum(axis=1) + self.prior
+
+
+def variational_bound(
+    chain: Chain,
+    denoiser: Denoiser,
+    x0: Float[Array, "batch *shape"],
+    keys: Any,
+    conditioning: Conditioning,
+    variance: ModelVariance,
+    num_levels: int,
+) -> BoundTerms:
+    """An unbiased one-draw-per-term estimate of the whole bound.
+
+    The noise of example i at step t depends on ``keys[i]`` and t alone. To evaluate as the paper
+    does, pass a ``ClippedDenoiser``.
+    """
+
+    def term(carry: None, t: Array) -> tuple[None, tuple[Array, Array]]:
+        times = jnp.full(x0.shape[:1], t, x0.dtype)
+        xt = q_sample(chain, x0, times, per_example_normal(fold_in(keys, t), x0))
+        prediction = denoiser(xt, times, conditioning)
+        nats = bound_term(chain, prediction, x0, xt, times, variance, num_levels)
+        return carry, (nats, mean_over_dims((prediction.x0 - x0) ** 2))
+
+    _, (steps, x0_mse) = jax.lax.scan(term, None, jnp.arange(chain.num_timesteps))
+    return BoundTerms(steps.T, x0_mse.T, prior_term(chain, x0))

@@ -1,0 +1,87 @@
+"""Weighted denoising errors, all weightings stated on the squared ε-error.
+
+    loss(t) = w(t)·‖ε - ε̂‖², averaged over dimensions.
+
+An error in another target is an ε-error with another weight: ‖y - ŷ‖² = (Δ/α)²·‖ε - ε̂‖², with Δ
+of ``parameterisation.Target``. So a loss is computed in the network's own target, where it is
+free of cancellation, and multiplied by w·(α/Δ)².
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.likelihood import mean_over_dims
+from jax_ddpm.diffusion.parameterisation import TARGETS, Parameterisation
+from jax_ddpm.diffusion.process import Process
+
+Weighting = Callable[[Process, Array], Array]
+
+
+def simple(process: Process, t: Array) -> Array:
+    """w = 1: L_simple (Ho et al. 2020, eq. 14), which is the SNR-weighted x_0-error."""
+    return jnp.ones_like(t)
+
+
+def truncated_snr(process: Process, t: Array) -> Array:
+    """The x_0-error under max(SNR, 1): w = max(1, 1/SNR) (Salimans & Ho 2022)."""
+    return jnp.maximum(1, jnp.exp(-process.log_snr(t)))
+
+
+def min_snr(process: Process, t: Array, gamma: float = 5.0) -> Array:
+    """The x_0-error under min(SNR, γ): w = min(1, γ/SNR) (Hang et al. 2023)."""
+    return jnp.minimum(1, gamma * jnp.exp(-process.log_snr(t)))
+
+
+def p2(process: Process, t: Array, k: float = 1.0, gamma: float = 1.0) -> Array:
+    """w = 1/(k + SNR)^γ (Choi et al. 2022)."""
+    return (k + jnp.exp(process.log_snr(t))) ** -gamma
+
+
+def vlb(process: Process, t: Array) -> Array:
+    """The bound's own weight: a KL of equal variances σ² = β̃ is ‖μ̃ - μ̂‖²/(2σ²) (Ho et al., eq. 12).
+
+    At t = 0, where β̃ = 0, σ² is that of t = 1. T times the expectation over uniform t estimates
+    Σ L_{t-1} in nats/dim.
+    """
+    assert isinstance(process, Chain), "the VLB weighting belongs to the T-step chain"
+    log_variance = process.gather(process.posterior_log_variance, t)
+    return 0.5 * WEIGHTINGS["posterior_mean"](process, t) * jnp.exp(-log_variance)
+
+
+def _error_in(target: str) -> Weighting:
+    def weighting(process: Process, t: Array) -> Array:
+        return (TARGETS[target](process, t).delta / process.alpha(t)) ** 2
+
+    weighting.__doc__ = f"The plain squared error in the target {target!r}."
+    return weighting
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "simple": simple,
+    "snr": simple,
+    "truncated_snr": truncated_snr,
+    "min_snr": min_snr,
+    "p2": p2,
+    "vlb": vlb,
+    "x0": _error_in("x0"),
+    "v": _error_in("v"),
+    "posterior_mean": _error_in("posterior_mean"),
+}
+
+
+def weighted_error(
+    parameterisation: Parameterisation,
+    weighting: str,
+    y: Float[Array, "batch *shape"],
+    target: Float[Array, "batch *shape"],
+    t: Float[Array, " batch"],
+) -> Float[Array, " batch"]:
+    """w(t)·‖ε - ε̂‖² per example, from the network's mean output y and its regression target."""
+    process = parameterisation.process
+    delta = TARGETS[parameterisation.target](process, t).delta
+    to_eps_error = (process.alpha(t) / delta) ** 2
+    weight = WEIGHTINGS[weighting](process, t) * to_eps_error
+    return weight * mean_over_dims((target - y) ** 2)

@@ -1,0 +1,152 @@
+"""What the network is fed and what its output means.
+
+Every Gaussian parameterisation regresses a combination y = a·x_0 + b·ε. Together with
+x_t = α·x_0 + σ·ε that is a linear system in (x_0, ε) with determinant Δ = α·b - σ·a, so one pair
+of formulas leads from any output to the hub (x_0, ε) and back:
+
+    x_0 = (b·x_t - σ·y) / Δ        ε = (α·y - a·x_t) / Δ.
+
+At a given x_t an error δ in ε is an error (Δ/α)·δ in y, which is how errors in different
+targets compare.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.process import Process, expand
+
+
+class Target(NamedTuple):
+    """Coefficients of y = a·x_0 + b·ε and Δ = α·b - σ·a in closed form, free of cancellation."""
+
+    a: Array
+    b: Array
+    delta: Array
+
+
+class Prediction(NamedTuple):
+    """The hub: a pair with x_t = α·x_0 + σ·ε, shaped like x_t.
+
+    ``variance_fraction`` v, where the model learns its variance, places log σ² between log β̃
+    (v = 0) and log β (v = 1) of whatever step the sampler takes (Nichol & Dhariwal 2021, eq. 15).
+    """
+
+    x0: Float[Array, "batch *shape"]
+    eps: Float[Array, "batch *shape"]
+    variance_fraction: Float[Array, "batch *shape"] | None = None
+
+
+def _eps(process: Process, t: Array) -> Target:
+    alpha = process.alpha(t)
+    return Target(a=jnp.zeros_like(t), b=jnp.ones_like(t), delta=alpha)
+
+
+def _x0(process: Process, t: Array) -> Target:
+    return Target(a=jnp.ones_like(t), b=jnp.zeros_like(t), delta=-process.sigma(t))
+
+
+def _v(process: Process, t: Array) -> Target:
+    """v = α·ε - σ·x_0 (Salimans & Ho 2022)."""
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return Target(a=-sigma, b=alpha, delta=alpha**2 + sigma**2)
+
+
+def _score(process: Process, t: Array) -> Target:
+    """∇ log q(x_t) = -ε/σ (Song et al. 2021)."""
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return Target(a=jnp.zeros_like(t), b=-1 / sigma, delta=-alpha / sigma)
+
+
+def _posterior_mean(process: Process, t: Array) -> Target:
+    """μ̃ of q(x_{t-1} | x_t, x_0) = c_0·x_0 + c_t·x_t, for the training chain only.
+
+    Reading x_0 off μ̃ amplifies errors by 1/c_0, up to 7,800 at T = 1000.
+    """
+    assert isinstance(process, Chain), "the posterior mean is a target of the T-step chain"
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    coef_x0 = process.gather(process.posterior.coef_x0, t)
+    coef_xt = process.gather(process.posterior.coef_xt, t)
+    return Target(a=coef_x0 + coef_xt * alpha, b=coef_xt * sigma, delta=-sigma * coef_x0)
+
+
+TARGETS: dict[str, Callable[[Process, Array], Target]] = {
+    "eps": _eps,
+    "x0": _x0,
+    "v": _v,
+    "score": _score,
+    "posterior_mean": _posterior_mean,
+}
+
+VarianceOutput = Literal["none", "learned", "learned_range"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parameterisation:
+    """The meaning of a network's input and output, bound to the process it was trained in.
+
+    Attributes:
+      process: the noise process of training.
+      target: a name in ``TARGETS``.
+      time_scale: the network is fed ``time_scale·t``; 1000/T keeps a chain of any length on the
+        range that the sinusoidal embedding was made for.
+      variance: "none", or what the second half of the output channels holds: "learned" the
+        log-variance of the step t → t-1, "learned_range" the fraction v as (1 + output)/2.
+    """
+
+    process: Process
+    target: str = "eps"
+    time_scale: float = 1.0
+    variance: VarianceOutput = "none"
+
+    def network_time(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The time that conditions the network."""
+        return t * self.time_scale
+
+    def regression_target(
+        self,
+        x0: Float[Array, "batch *shape"],
+        eps: Float[Array, "batch *shape"],
+        t: Float[Array, " batch"],
+    ) -> Float[Array, "batch *shape"]:
+        """y = a·x_0 + b·ε, what the network's mean output regresses."""
+        target = TARGETS[self.target](self.process, t)
+        return expand(target.a, x0) * x0 + expand(target.b, x0) * eps
+
+    def split(
+        self, output: Float[Array, "batch *out"], t: Float[Array, "..."]
+    ) -> tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"] | None]:
+        """The network's output as (mean output y, variance fraction or None)."""
+        if self.variance == "none":
+            return output, None
+        y, raw = jnp.split(output, 2, axis=-1)
+        if self.variance == "learned_range":
+            return y, (raw + 1) / 2
+        lowest, span = (expand(bound, y) for bound in learned_variance_bounds(self.process, t))
+        return y, (raw - lowest) / span
+
+    def to_prediction(
+        self,
+        output: Float[Array, "batch *out"],
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, " batch"] | Float[Array, ""],
+    ) -> Prediction:
+        """The network's output at (x_t, t) as the hub pair."""
+        y, fraction = self.split(output, t)
+        alpha, sigma = expand(self.process.alpha(t), xt), expand(self.process.sigma(t), xt)
+        a, b, delta = (expand(c, xt) for c in TARGETS[self.target](self.process, t))
+        return Prediction((b * xt - sigma * y) / delta, (alpha * y - a * xt) / delta, fraction)
+
+
+def learned_variance_bounds(
+    process: Process, t: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """log β̃_t (entry 1 at t = 0) and log β_t - log β̃_t, between which a variance is learned."""
+    assert isinstance(process, Chain), "learned variances belong to the T-step chain"
+    lowest = process.posterior_log_variance
+    return process.gather(lowest, t), process.gather(np.log(process.betas) - lowest, t)

@@ -1,0 +1,89 @@
+"""The Gaussian forward process: x_t = α(t)·x_0 + σ(t)·ε, ε ~ N(0, I)."""
+
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+# NumPy float64 when sampler tables are made on the host, a JAX array inside compiled programs.
+Times = TypeVar("Times", np.ndarray, jax.Array)
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A noise process, known by its signal and noise levels.
+
+    All methods act elementwise and keep the array type and dtype of their argument: the same code
+    serves float64 tables on the host and float32 inside ``jit``. λ = log(α²/σ²) is the log
+    signal-to-noise ratio in nats; it falls as t grows.
+    """
+
+    def alpha(self, t: Times) -> Times:
+        """Signal level α(t)."""
+        ...
+
+    def sigma(self, t: Times) -> Times:
+        """Noise level σ(t)."""
+        ...
+
+    def log_snr(self, t: Times) -> Times:
+        """λ(t) = log(α(t)²/σ(t)²)."""
+        ...
+
+    def time(self, log_snr: Times) -> Times:
+        """The inverse t(λ)."""
+        ...
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x_0) = N(coef_x0·x_0 + coef_xt·x_t, variance·I), for less noise at s than t."""
+
+    coef_x0: np.ndarray
+    coef_xt: np.ndarray
+    variance: np.ndarray
+
+
+def posterior_coefficients(
+    beta: np.ndarray,
+    alpha_t: np.ndarray,
+    sigma_t: np.ndarray,
+    alpha_s: np.ndarray,
+    sigma_s: np.ndarray,
+) -> Posterior:
+    """Bayes' rule for one step back (Ho et al. 2020, eqs. 6-7; Kingma et al. 2021, eq. 25).
+
+    ``beta`` is the variance of q(x_t | x_s) = N(α_t/α_s·x_s, β·I), that is σ_t² - (α_t/α_s)²·σ_s².
+    The two mean coefficients do not sum to 1. All arguments and results are float64 on the host.
+    """
+    return Posterior(
+        coef_x0=alpha_s * beta / sigma_t**2,
+        coef_xt=alpha_t / alpha_s * sigma_s**2 / sigma_t**2,
+        variance=beta * sigma_s**2 / sigma_t**2,
+    )
+
+
+def expand(coefficient: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Append axes to a scalar or ``[batch]`` coefficient so that it broadcasts against x."""
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+def q_sample(
+    process: Process,
+    x0: Float[Array, "batch *shape"],
+    t: Float[Array, "#batch"] | Float[Array, ""],
+    eps: Float[Array, "batch *shape"],
+) -> Float[Array, "batch *shape"]:
+    """Draw x_t ~ q(x_t | x_0) = N(α·x_0, σ²·I) with the noise ε given (Ho et al. 2020, eq. 4)."""
+    return expand(process.alpha(t), x0) * x0 + expand(process.sigma(t), x0) * eps
+
+
+def per_example_normal(keys: Any, x: Float[Array, "batch *shape"]) -> Float[Array, "batch *shape"]:
+    """Standard normal noise shaped like x, example i from key i alone, whatever the batch."""
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+
+
+def fold_in(keys: Any, data: Any) -> Any:
+    """``jax.random.fold_in`` over a ``[batch]`` of keys."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, jnp.asarray(data))

@@ -1,0 +1,72 @@
+"""Ancestral sampling: the reverse chain p(x_s | x_t) of Ho et al. 2020, algorithm 2."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float64
+
+from jax_ddpm.diffusion.likelihood import ModelVariance
+from jax_ddpm.diffusion.process import Process, per_example_normal, posterior_coefficients
+from jax_ddpm.diffusion.samplers.loop import Sampler
+
+
+class AncestralNode(NamedTuple):
+    """One step t → s: x_s = coef_x0·x̂_0 + coef_xt·x_t + noise·σ·z.
+
+    log σ² = log_variance + fraction·log_variance_span, between log β̃ and log β of this step;
+    ``noise`` is 0 at the clean end and 1 before.
+    """
+
+    time: Float64[np.ndarray, " steps"]
+    coef_x0: Float64[np.ndarray, " steps"]
+    coef_xt: Float64[np.ndarray, " steps"]
+    log_variance: Float64[np.ndarray, " steps"]
+    log_variance_span: Float64[np.ndarray, " steps"]
+    fraction: Float64[np.ndarray, " steps"]
+    noise: Float64[np.ndarray, " steps"]
+
+
+def ancestral(
+    process: Process,
+    times: Float64[np.ndarray, " steps"],
+    variance: ModelVariance | Float64[np.ndarray, " steps"],
+) -> Sampler:
+    """The ancestral sampler along decreasing ``times``, ending at exactly clean data.
+
+    For a chain of T steps pass ``times = [T-1, …, 0]``. With fewer, coefficients are those of the
+    re-spaced chain, rebuilt from the ratios of ᾱ. The steps' variances are β̃ ("fixedsmall"), β
+    ("fixedlarge"), the model's own ("learned"), or given, one value per step.
+    """
+    alpha, sigma, log_snr = process.alpha(times), process.sigma(times), process.log_snr(times)
+    alpha_s, sigma_s = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+    beta = -(sigma**2) * np.expm1(log_snr - np.append(log_snr[1:], np.inf))
+    step = posterior_coefficients(beta, alpha, sigma, alpha_s, sigma_s)
+
+    noisy = np.append(np.ones(len(times) - 1), 0.0)
+    smallest = np.log(step.variance, where=noisy > 0, out=np.zeros_like(beta))
+    if isinstance(variance, np.ndarray):
+        smallest = np.log(variance, where=noisy > 0, out=np.zeros_like(beta))
+        fraction = np.zeros_like(beta)
+    else:
+        fraction = np.full_like(beta, 0.0 if variance == "fixedsmall" else 1.0)
+    nodes = AncestralNode(
+        time=times,
+        coef_x0=step.coef_x0,
+        coef_xt=step.coef_xt,
+        log_variance=smallest,
+        log_variance_span=noisy * (np.log(beta) - smallest),
+        fraction=fraction,
+        noise=noisy,
+    )
+    learned = isinstance(variance, str) and variance == "learned"
+    return Sampler(nodes, init=lambda x: (), step=partial(_step, learned))
+
+
+def _step(learned: bool, denoiser, x: Array, node: AncestralNode, carry: tuple, keys):
+    prediction = denoiser(x, node.time)
+    fraction = prediction.variance_fraction if learned else node.fraction
+    std = jnp.exp(0.5 * (node.log_variance + fraction * node.log_variance_span))
+    mean = node.coef_x0 * prediction.x0 + node.coef_xt * x
+    return mean + node.noise * std * per_example_normal(keys, x), carry, prediction

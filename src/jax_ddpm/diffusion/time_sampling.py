@@ -1,0 +1,118 @@
+"""How training picks t: uniformly, stratified over the global batch, or by the loss's size.
+
+A time sampler is ``init() → state``, ``draw(state, ...) → (t, weight)`` and ``update(state, t,
+loss) → state``; ``weight`` makes the weighted loss an unbiased estimate of its mean over uniform t.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class TimeSampler(Protocol):
+    """Draws t in {0, …, T-1} for each example of the global batch."""
+
+    def init(self) -> Any:
+        """The state before the first step: a pytree, () where there is none."""
+        ...
+
+    def draw(
+        self, state: Any, shared_key: Any, keys: Any, position: Float[Array, " batch"]
+    ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+        """Times and importance weights.
+
+        ``shared_key`` is the same for the whole global batch, ``keys`` are one per example, and
+        ``position`` is each example's global index over the global batch size, in [0, 1).
+        """
+        ...
+
+    def update(self, state: Any, t: Float[Array, " batch"], loss: Float[Array, " batch"]) -> Any:
+        """The state after a batch with these per-example losses (weights not applied)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Independent uniform t (Ho et al. 2020)."""
+
+    num_timesteps: int
+
+    def init(self) -> tuple[()]:
+        return ()
+
+    def draw(self, state, shared_key, keys, position):
+        u = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_timesteps))(keys)
+        return u.astype(position.dtype), jnp.ones_like(position)
+
+    def update(self, state, t, loss):
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Stratified(Uniform):
+    """Evenly spread over the global batch from one shared offset (Kingma et al. 2021, app. I)."""
+
+    def draw(self, state, shared_key, keys, position):
+        offset = jax.random.uniform(shared_key, (), position.dtype)
+        t = jnp.floor((offset + position) % 1 * self.num_timesteps)
+        return jnp.minimum(t, self.num_timesteps - 1), jnp.ones_like(position)
+
+
+class LossHistory(NamedTuple):
+    """The last losses at each t, as a ring: entry ``count % length`` is the next to be replaced."""
+
+    losses: Float[Array, "T length"]
+    count: Int[Array, " T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSecondMoment:
+    """p(t) ∝ √E[L_t²] over the last losses at each t (Nichol & Dhariwal 2021, eq. 18).
+
+    Uniform until every t has ``length`` losses; then mixed with ``uniform_share`` of uniform.
+    """
+
+    num_timesteps: int
+    length: int = 10
+    uniform_share: float = 1e-3
+
+    def init(self) -> LossHistory:
+        return LossHistory(
+            jnp.zeros((self.num_timesteps, self.length)),
+            jnp.zeros(self.num_timesteps, jnp.int32),
+        )
+
+    def probabilities(self, state: LossHistory) -> Float[Array, " T"]:
+        """p(t), summing to 1."""
+        root = jnp.sqrt(jnp.mean(state.losses**2, axis=1))
+        adapted = (1 - self.uniform_share) * root / jnp.sum(root) + (
+            self.uniform_share / self.num_timesteps
+        )
+        warm = jnp.all(state.count >= self.length)
+        return jnp.where(warm, adapted, 1 / self.num_timesteps)
+
+    def draw(self, state, shared_key, keys, position):
+        p = self.probabilities(state)
+        t = jax.vmap(lambda key: jax.random.categorical(key, jnp.log(p)))(keys)
+        return t.astype(position.dtype), 1 / (self.num_timesteps * p[t])
+
+    def update(self, state, t, loss):
+        t = t.astype(jnp.int32)
+        same = t[:, None] == t[None, :]
+        earlier = jnp.sum(jnp.tril(same, -1), axis=1)
+        later = jnp.sum(jnp.triu(same, 1), axis=1)
+        # Of more than `length` losses at one t only the last ones are written: no slot twice.
+        row = jnp.where(later < self.length, t, self.num_timesteps)
+        slot = (state.count[t] + earlier) % self.length
+        losses = state.losses.at[row, slot].set(loss, mode="drop")
+        return LossHistory(losses, state.count.at[t].add(1))
+
+
+TIME_SAMPLERS = {
+    "uniform": Uniform,
+    "stratified": Stratified,
+    "loss_second_moment": LossSecondMoment,
+}

@@ -33,6 +33,7 @@ class Chain:
     """
 
     betas: np.ndarray
+    prior_std = 1.0
 
     def __post_init__(self) -> None:
         betas = np.asarray(self.betas, np.float64)

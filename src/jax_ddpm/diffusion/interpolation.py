@@ -29,7 +29,7 @@ def interpolate(
     """
     encode_key, decode_key = jax.random.split(key)
     encoded = q_sample(process, pair, t, per_example_normal(jax.random.split(encode_key), pair))
-    w = expand(weights, jnp.zeros((weights.size,) + pair.shape[1:]))
+    w = expand(weights, jnp.zeros((weights.size, *pair.shape[1:])))
     xt = (1 - w) * encoded[:1] + w * encoded[1:]
     keys = jnp.repeat(decode_key[None], weights.size, axis=0)
     x, _ = sample(sampler, denoiser, xt, keys, conditioning)

@@ -20,6 +20,11 @@ class Process(Protocol):
     signal-to-noise ratio in nats; it falls as t grows.
     """
 
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
+        ...
+
     def alpha(self, t: Times) -> Times:
         """Signal level α(t)."""
         ...

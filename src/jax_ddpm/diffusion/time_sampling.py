@@ -62,10 +62,10 @@ class Stratified(Uniform):
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each t, as a ring: entry ``count % length`` is the next to be replaced."""
+    """The last losses at each t, as a ring: entry ``counts % length`` is the next to be replaced."""
 
     losses: Float[Array, "T length"]
-    count: Int[Array, " T"]
+    counts: Int[Array, " T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class LossSecondMoment:
         adapted = (1 - self.uniform_share) * root / jnp.sum(root) + (
             self.uniform_share / self.num_timesteps
         )
-        warm = jnp.all(state.count >= self.length)
+        warm = jnp.all(state.counts >= self.length)
         return jnp.where(warm, adapted, 1 / self.num_timesteps)
 
     def draw(self, state, shared_key, keys, position):
@@ -106,9 +106,9 @@ class LossSecondMoment:
         later = jnp.sum(jnp.triu(same, 1), axis=1)
         # Of more than `length` losses at one t only the last ones are written: no slot twice.
         row = jnp.where(later < self.length, t, self.num_timesteps)
-        slot = (state.count[t] + earlier) % self.length
+        slot = (state.counts[t] + earlier) % self.length
         losses = state.losses.at[row, slot].set(loss, mode="drop")
-        return LossHistory(losses, state.count.at[t].add(1))
+        return LossHistory(losses, state.counts.at[t].add(1))
 
 
 TIME_SAMPLERS = {

@@ -18,8 +18,8 @@ class Sampler(NamedTuple):
     Attributes:
       nodes: a tuple of float64 NumPy arrays, one row per step, made on the host.
       init: ``x → carry``, the history of multistep methods before the first step.
-      step: ``(denoiser, x, node, carry, keys) → (x, carry, prediction)``; ``denoiser(x, t)`` has its
-        conditioning bound, ``keys`` are one per example and fresh in every step.
+      step: ``(denoiser, x, node, carry, keys) → (x, carry, prediction)``; ``denoiser(x, t)`` has
+        its conditioning bound, ``keys`` are one per example and fresh in every step.
     """
 
     nodes: Any

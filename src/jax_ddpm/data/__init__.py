@@ -1,0 +1,1 @@
+"""Data sources and the order in which examples are visited."""

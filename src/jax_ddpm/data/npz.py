@@ -1,0 +1,65 @@
+"""Any set of uint8 images in one ``.npz`` file."""
+
+import hashlib
+import pathlib
+import zipfile
+
+import numpy as np
+
+from jax_ddpm.data.source import ArraySource, Batch, hold_out
+from jax_ddpm.errors import UserError
+
+
+def npz(path: str, heldout_fraction: float = 0.1) -> ArraySource:
+    """Images ``train_images`` uint8 ``[n, h, w]`` or ``[n, h, w, c]``, optionally ``train_labels``.
+
+    ``test_images`` (and ``test_labels``) become the held-out split; without them a random
+    ``heldout_fraction`` of the training images does, always the same.
+
+    Raises:
+      UserError: naming the file and what is missing or misshapen in it.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"data.path: no file {path!r}; give the path of an .npz file")
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npz file ({error})") from error
+
+    if "train_images" not in arrays:
+        found = ", ".join(arrays) or "nothing"
+        raise UserError(f"{path}: holds {found}; it needs an array 'train_images'")
+    train = _split(path, arrays, "train")
+    if "test_images" in arrays:
+        splits = {"train": train, "heldout": _split(path, arrays, "test")}
+        if splits["heldout"].keys() != train.keys():
+            raise UserError(f"{path}: give labels for both 'train' and 'test', or for neither")
+        if splits["heldout"]["image"].shape[1:] != train["image"].shape[1:]:
+            raise UserError(f"{path}: train_images and test_images differ in size")
+    else:
+        splits = hold_out(train, heldout_fraction)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return ArraySource(splits, num_levels=256, identity=f"npz/{file.name}/sha256-{digest}")
+
+
+def _split(path: str, arrays: dict[str, np.ndarray], prefix: str) -> Batch:
+    images = arrays[f"{prefix}_images"]
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(
+            f"{path}: {prefix}_images is {images.dtype} {list(images.shape)}; it must be uint8 "
+            "[n, height, width] or [n, height, width, 1 or 3]"
+        )
+    batch = {"image": images}
+    if f"{prefix}_labels" in arrays:
+        labels = arrays[f"{prefix}_labels"]
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise UserError(
+                f"{path}: {prefix}_labels is {labels.dtype} {list(labels.shape)}; it must hold "
+                f"{len(images)} integers from 0 up"
+            )
+        batch["label"] = labels.astype(np.int32)
+    return batch

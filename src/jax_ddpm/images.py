@@ -1,0 +1,47 @@
+"""Images at the edges: uint8 conversion, grids and files. Inside they are NHWC float in [-1, 1]."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+
+def from_levels(levels: UInt8[Array, "*shape"], num_levels: int) -> Float32[Array, "*shape"]:
+    """Levels 0, …, num_levels-1 (256 for images) evenly spaced over [-1, 1]."""
+    return levels.astype(jnp.float32) * (2 / (num_levels - 1)) - 1
+
+
+def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """[-1, 1] to 0…255, rounded to the nearest and clipped: the one place where this is done."""
+    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def grid(
+    images: UInt8[np.ndarray, "n h w c"], columns: int, *, min_size: int = 64
+) -> UInt8[np.ndarray, "height width c"]:
+    """Images row by row with a white gap between them.
+
+    Images smaller than ``min_size`` are enlarged by the largest whole factor that fits into it, so
+    that an 8×8 digit can be read; missing images in the last row stay white.
+    """
+    _, height, width, channels = images.shape
+    factor = max(1, min_size // max(height, width))
+    gap = max(2, max(height, width) * factor // 16)
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    rows = -(-len(images) // columns)
+    cell = np.array([height, width]) * factor + gap
+    canvas = np.full((*(cell * (rows, columns) + gap), channels), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = cell * divmod(i, columns) + gap
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas
+
+
+def save_grid(path: pathlib.Path, images: Float[np.ndarray, "n h w c"], columns: int) -> None:
+    """Writes images in [-1, 1], gray (one channel) or colour (three), as one PNG grid."""
+    from PIL import Image
+
+    picture = grid(to_uint8(images), columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(path, "PNG")

@@ -1,0 +1,62 @@
+"""Random keys: every draw is keyed by (seed, stream, step, global example index).
+
+So results do not depend on devices, hosts or how a batch is split, and resuming needs no stored
+generator.
+"""
+
+import dataclasses
+import enum
+from typing import Any
+
+import jax
+from jaxtyping import Array, Int
+
+
+class Stream(enum.IntEnum):
+    """What a key is for. Numbers are part of a run's identity: never reuse or renumber them."""
+
+    PARAMETERS = 0
+    TIME = 1
+    NOISE = 2
+    DROPOUT = 3
+    FLIP = 4
+    LABEL_DROP = 5
+    SAMPLE_PRIOR = 6
+    SAMPLE_STEPS = 7
+    HELD_OUT = 8
+
+
+def stream_key(seed: Any, stream: Stream) -> Any:
+    """The key of one stream under a seed's key."""
+    return jax.random.fold_in(seed, int(stream))
+
+
+def example_keys(key: Any, index: Int[Array, " batch"]) -> Any:
+    """One key for each global example index."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepKeys:
+    """The keys of one training step.
+
+    ``index`` holds the place of each example in the global batch of ``batch_size`` examples.
+    """
+
+    seed: Any
+    step: Int[Array, ""]
+    index: Int[Array, " batch"]
+    batch_size: int = dataclasses.field(metadata={"static": True})
+
+    def shared(self, stream: Stream) -> Any:
+        """One key for the whole global batch."""
+        return jax.random.fold_in(stream_key(self.seed, stream), self.step)
+
+    def per_example(self, stream: Stream) -> Any:
+        """One key per example."""
+        return example_keys(self.shared(stream), self.index)
+
+    def take(self, index: Int[Array, " part"]) -> "StepKeys":
+        """The keys of a part of the batch."""
+        return dataclasses.replace(self, index=index)

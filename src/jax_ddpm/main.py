@@ -1,0 +1,76 @@
+"""Trains and samples from the command line.
+
+python -m jax_ddpm.main --config=configs/digits.py
+python -m jax_ddpm.main --mode=sample --workdir=runs/digits --num_samples=100 --out=more.png
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jax_ddpm.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file; set single fields with --config.section.field=value."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; for training runs/<config name> by default."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "Images to sample.", lower_bound=1)
+_CLASS = flags.DEFINE_integer("class", None, "Class to sample; one in each column by default.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", None, "PNG to write; <workdir>/samples.png by default.")
+
+
+def run_train() -> pathlib.Path:
+    """Trains what ``--config`` says and returns the last picture."""
+    import jax
+
+    from jax_ddpm.config import validate
+    from jax_ddpm.training.loop import train
+
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; for example --config=configs/digits.py")
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    validate(_CONFIG.value, jax.device_count())
+    return train(_CONFIG.value, pathlib.Path(_WORKDIR.value or f"runs/{name}"))
+
+
+def run_sample() -> pathlib.Path:
+    """Samples from the averaged parameters in ``--workdir`` and returns the picture."""
+    from jax_ddpm import config as configs
+    from jax_ddpm import factory, images
+    from jax_ddpm.generate import Generator
+    from jax_ddpm.training import checkpoint
+    from jax_ddpm.training.step import data_mesh
+
+    if _WORKDIR.value is None:
+        raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
+    workdir = pathlib.Path(_WORKDIR.value)
+    config = checkpoint.load_config(workdir, configs.default())
+    model = factory.Model(config, factory.make_source(config).spec)
+    params = checkpoint.restore(workdir)["ema"]["network"]
+    generator = Generator(model, config.sampling.batch_size, data_mesh())
+    samples = generator(params, _SEED.value, _NUM_SAMPLES.value, _CLASS.value).x[-1]
+    out = pathlib.Path(_OUT.value or workdir / "samples.png")
+    images.save_grid(out, samples, generator.columns(len(samples), _CLASS.value))
+    return out
+
+
+def main(argv: list[str]) -> None:
+    """Runs one mode; a mistake of the user's is one line and exit code 1."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+        picture = {"train": run_train, "sample": run_sample}[_MODE.value]()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(picture)
+
+
+if __name__ == "__main__":
+    app.run(main)

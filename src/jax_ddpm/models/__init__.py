@@ -1,0 +1,1 @@
+"""Networks: they know nothing of processes, losses or files."""

@@ -1,0 +1,1 @@
+"""Training: the objective, the pure step, and the loop around it."""

@@ -1,0 +1,52 @@
+"""The objective measured on data that training never sees."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ddpm.data.plan import padded_batches
+from jax_ddpm.data.source import Source
+from jax_ddpm.diffusion.time_sampling import Stratified
+from jax_ddpm.keys import StepKeys, Stream, stream_key
+from jax_ddpm.training.objective import DiffusionObjective
+
+
+class HeldOut:
+    """The mean loss of the held-out split, under the same times and noise at every call.
+
+    Flips, dropout and label drop are off, and times are spread evenly over the examples, so that
+    differences between calls are differences between parameters. At most ``max_examples`` are used.
+    """
+
+    def __init__(
+        self,
+        objective: DiffusionObjective,
+        source: Source,
+        seed: Any,
+        batch_size: int,
+        max_examples: int,
+    ):
+        count = min(max_examples, source.spec.split_sizes["heldout"])
+        sampler = Stratified(objective.chain.num_timesteps)
+        measured = dataclasses.replace(objective, augment=False, time_sampler=sampler)
+        key = stream_key(seed, Stream.HELD_OUT)
+
+        def evaluate(params, batch, index, mask):
+            keys = StepKeys(key, jnp.zeros((), jnp.int32), index, count)
+            loss, metrics, _ = measured(params, sampler.init(), batch, keys, keys.step)
+            metrics = {"loss": (loss, jnp.ones_like(loss))} | metrics
+            return jax.tree.map(lambda values: jnp.sum(values * mask), metrics)
+
+        self._evaluate = jax.jit(evaluate)
+        self._batches = [
+            (source.batch("heldout", index), index, mask)
+            for index, mask in padded_batches(count, min(batch_size, count))
+        ]
+
+    def __call__(self, params: dict[str, Any]) -> dict[str, float]:
+        """``heldout_loss`` and its quarters of t."""
+        parts = [self._evaluate(params, *batch) for batch in self._batches]
+        sums = jax.tree.map(lambda *values: float(sum(values)), *jax.device_get(parts))
+        return {f"heldout_{name}": total / weight for name, (total, weight) in sums.items()}

@@ -1,0 +1,118 @@
+"""The DDPM objective: from a batch of images to a loss per example."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.denoiser import Conditioning
+from jax_ddpm.diffusion.likelihood import ModelVariance, bound_term
+from jax_ddpm.diffusion.losses import weighted_error
+from jax_ddpm.diffusion.parameterisation import Parameterisation
+from jax_ddpm.diffusion.process import per_example_normal, q_sample
+from jax_ddpm.diffusion.time_sampling import TimeSampler
+from jax_ddpm.images import from_levels
+from jax_ddpm.keys import StepKeys, Stream
+from jax_ddpm.training.state import Metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiffusionObjective:
+    """Denoising at random times (Ho et al. 2020, algorithm 1), for the parameters "network".
+
+    Attributes:
+      apply: the network, ``(params, x, time, conditioning, dropout_keys) → output``.
+      loss: "error", the weighted ε-error; "bound", T·L_t in bits/dim; "hybrid", the error plus
+        ``bound_weight`` times the bound, which then trains the variance alone (Nichol & Dhariwal
+        2021, eq. 16).
+      num_levels: of the data, for scaling to [-1, 1] and for the discrete decoder.
+      label_drop: share of labels replaced by the null label; None without labels.
+      augment: flips, dropout and label drop happen: False when measuring.
+    """
+
+    apply: Callable
+    chain: Chain
+    parameterisation: Parameterisation
+    variance: ModelVariance
+    time_sampler: TimeSampler
+    loss: str
+    weighting: str
+    bound_weight: float
+    num_levels: int
+    flip: bool
+    label_drop: float | None
+    augment: bool = True
+
+    def init(self) -> Any:
+        """The extra state before the first step."""
+        return self.time_sampler.init()
+
+    def __call__(
+        self,
+        params: dict[str, Any],
+        extra: Any,
+        batch: dict[str, Array],
+        keys: StepKeys,
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, " batch"], Metrics, Any]:
+        x0 = self._images(batch, keys)
+        position = keys.index.astype(x0.dtype) / keys.batch_size
+        t, importance = self.time_sampler.draw(
+            extra, keys.shared(Stream.TIME), keys.per_example(Stream.TIME), position
+        )
+        eps = per_example_normal(keys.per_example(Stream.NOISE), x0)
+        xt = q_sample(self.chain, x0, t, eps)
+        output = self.apply(
+            params["network"],
+            xt,
+            self.parameterisation.network_time(t),
+            self._conditioning(batch, keys),
+            keys.per_example(Stream.DROPOUT) if self.augment else None,
+        )
+        loss = self._loss(output, x0, xt, eps, t)
+        return loss * importance, self._metrics(loss, t), self.time_sampler.update(extra, t, loss)
+
+    def _images(self, batch: dict[str, Array], keys: StepKeys) -> Array:
+        x0 = from_levels(batch["image"], self.num_levels)
+        if not (self.flip and self.augment):
+            return x0
+        coin = jax.vmap(jax.random.bernoulli)(keys.per_example(Stream.FLIP))
+        return jnp.where(coin[:, None, None, None], x0[:, :, ::-1], x0)
+
+    def _conditioning(self, batch: dict[str, Array], keys: StepKeys) -> Conditioning:
+        if self.label_drop is None:
+            return {}
+        conditioning = {"label": batch["label"]}
+        if self.augment:
+            coin = jax.vmap(lambda key: jax.random.bernoulli(key, self.label_drop))
+            conditioning["label_drop"] = coin(keys.per_example(Stream.LABEL_DROP))
+        return conditioning
+
+    def _loss(self, output: Array, x0: Array, xt: Array, eps: Array, t: Array) -> Array:
+        if self.loss == "bound":
+            return self._bound(output, x0, xt, t)
+        y, _ = self.parameterisation.split(output, t)
+        target = self.parameterisation.regression_target(x0, eps, t)
+        error = weighted_error(self.parameterisation, self.weighting, y, target, t)
+        if self.loss == "error":
+            return error
+        mean, variance = jnp.split(output, 2, axis=-1)
+        frozen_mean = jnp.concatenate([jax.lax.stop_gradient(mean), variance], axis=-1)
+        return error + self.bound_weight * self._bound(frozen_mean, x0, xt, t)
+
+    def _bound(self, output: Array, x0: Array, xt: Array, t: Array) -> Array:
+        """T·L_t in bits/dim, whose mean over uniform t is the bound less L_T."""
+        prediction = self.parameterisation.to_prediction(output, xt, t)
+        nats = bound_term(self.chain, prediction, x0, xt, t, self.variance, self.num_levels)
+        return self.chain.num_timesteps / jnp.log(2.0) * nats
+
+    def _metrics(self, loss: Array, t: Array) -> Metrics:
+        quarter = jnp.floor(4 * t / self.chain.num_timesteps)
+        return {
+            f"loss_quarter{i + 1}": (jnp.where(quarter == i, loss, 0), quarter == i)
+            for i in range(4)
+        }

@@ -1,0 +1,300 @@
+"""With the exact denoiser of Gaussian data the sampler is affine, and its moments known exactly.
+
+One step is x_s = slope·x_t + offset + noise·z. All three follow from the paper's formulas in β and
+ᾱ, written out here a second time, and are read off the sampler's own steps.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exact import GaussianDenoiser
+
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.denoiser import NetworkDenoiser
+from jax_ddpm.diffusion.parameterisation import Parameterisation
+from jax_ddpm.diffusion.process import per_example_normal
+from jax_ddpm.diffusion.samplers.ancestral import AncestralNode, ancestral
+from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.schedules import make_betas
+
+MEAN, VAR = 0.3, 0.25
+
+
+def descending(num_timesteps, stride=1):
+    return np.arange(num_timesteps - 1, -1, -stride, dtype=float)
+
+
+class Affine(NamedTuple):
+    """x_s = slope·x_t + offset + noise·z per step, from the noisiest to the clean end."""
+
+    slope: np.ndarray
+    offset: np.ndarray
+    noise: np.ndarray
+
+    def moments(self, mean, variance):
+        """Mean and variance after every step."""
+        rows = []
+        for slope, offset, noise in zip(*self, strict=True):
+            mean, variance = slope * mean + offset, slope**2 * variance + noise**2
+            rows.append((mean, variance))
+        return np.transpose(rows)
+
+
+class Paper:
+    """Ho et al. 2020, eqs. 6-7 and 11 with x̂_0 = E[x_0 | x_t], from β alone; index is t."""
+
+    def __init__(self, betas, mean=MEAN, var=VAR):
+        self.betas, self.mean, self.var = betas, mean, var
+        self.alpha_bar = np.cumprod(1 - betas)
+        self.previous = np.append(1, self.alpha_bar[:-1])
+        self.noise = 1 - self.alpha_bar
+        self.coef_x0 = np.sqrt(self.previous) * betas / self.noise
+        self.coef_xt = np.sqrt(1 - betas) * (1 - self.previous) / self.noise
+        self.smallest = betas * (1 - self.previous) / self.noise
+        self.marginal = self.alpha_bar * var + self.noise
+        #: β̃ plus what x_t leaves unknown of x_0: the variance of the true p(x_{t-1} | x_t).
+        self.optimal = self.smallest + self.coef_x0**2 * var * self.noise / self.marginal
+
+    def variance(self, name, fraction=0.3):
+        return {
+            "fixedsmall": self.smallest,
+            "fixedlarge": self.betas,
+            "learned": self.smallest ** (1 - fraction) * self.betas**fraction,
+            "optimal": self.optimal,
+        }[name]
+
+    def steps(self, variance):
+        gain = np.sqrt(self.alpha_bar) * self.var / self.marginal
+        slope = self.coef_x0 * gain + self.coef_xt
+        offset = self.coef_x0 * (1 - gain * np.sqrt(self.alpha_bar)) * self.mean
+        noise = np.append(0, np.sqrt(variance[1:]))  # none in the step to clean data
+        return Affine(slope[::-1], offset[::-1], noise[::-1])
+
+
+def learned(denoiser, fraction=0.3):
+    """The denoiser with a variance of its own."""
+
+    def with_fraction(xt, t, conditioning):
+        prediction = denoiser(xt, t, conditioning)
+        return prediction._replace(variance_fraction=jnp.full_like(xt, fraction))
+
+    return with_fraction
+
+
+def read_off(sampler, denoiser):
+    """Slope, offset and noise of every step, from its results at x = 0, 1 and two draws of z."""
+    x = jnp.array([[0.0], [1.0], [0.0]])
+    keys = jax.random.split(jax.random.key(0))[np.array([0, 0, 1])]
+    (z, _, other_z) = np.ravel(per_example_normal(keys, x))
+
+    def step(node):
+        bound = partial(denoiser, conditioning={})
+        return sampler.step(bound, x, node, sampler.init(x), keys)[0][:, 0]
+
+    # Samplers of every length are repeated to one, for which JAX compiles once.
+    nodes = jax.tree.map(lambda column: jnp.asarray(np.resize(column, 1000)), sampler.nodes)
+    at_0, at_1, other = np.transpose(jax.vmap(step)(nodes)[: len(sampler.nodes.time)])
+    noise = (at_0 - other) / (z - other_z)
+    return Affine(at_1 - at_0, at_0 - noise * z, noise)
+
+
+def as_given(name, paper):
+    """What ``ancestral`` takes: the name of a variance, or one value per step."""
+    return paper.optimal[::-1] if name == "optimal" else name
+
+
+VARIANCES = ["fixedsmall", "fixedlarge", "learned", "optimal"]
+
+
+@pytest.mark.usefixtures("x64")
+class TestSteps:
+    @pytest.mark.parametrize("variance", VARIANCES)
+    def test_are_the_papers(self, chain, variance):
+        paper = Paper(chain.betas)
+        sampler = ancestral(chain, descending(1000), as_given(variance, paper))
+        actual = read_off(sampler, learned(GaussianDenoiser(MEAN, VAR, chain)))
+        expected = paper.steps(paper.variance(variance))
+        for name in Affine._fields:
+            np.testing.assert_allclose(
+                getattr(actual, name), getattr(expected, name), rtol=1e-9, atol=1e-12, err_msg=name
+            )
+        assert actual.noise[-1] == 0
+
+    @pytest.mark.parametrize(("num_timesteps", "shrinkage"), [(1000, 0.9845), (100, 0.877)])
+    def test_fixedsmall_shrinks_the_data(self, num_timesteps, shrinkage):
+        """β̃ leaves out what x_t does not tell of x_0; at variance ¼ these are the factors."""
+        chain = Chain(make_betas("linear", num_timesteps))
+        sampler = ancestral(chain, descending(num_timesteps), "fixedsmall")
+        steps = read_off(sampler, GaussianDenoiser(MEAN, VAR, chain))
+        mean, variance = steps.moments(0.0, 1.0)[:, -1]
+        np.testing.assert_allclose(variance / VAR, shrinkage, atol=5e-4)
+        np.testing.assert_allclose(mean, MEAN, atol=1e-3)
+
+    @pytest.mark.parametrize("num_timesteps", [5, 20, 100])
+    def test_optimal_variance_follows_the_marginals_exactly(self, num_timesteps):
+        """From q(x_T) every noisy x_t has the moments of q(x_t), in however few steps.
+
+        The last step draws nothing and so ends at E[x_0 | x_t], short of its variance.
+        """
+        chain = Chain(make_betas("cosine", num_timesteps))
+        paper = Paper(chain.betas)
+        sampler = ancestral(chain, descending(num_timesteps), paper.optimal[::-1])
+        steps = read_off(sampler, GaussianDenoiser(MEAN, VAR, chain))
+        start = np.sqrt(paper.alpha_bar[-1]) * MEAN, paper.marginal[-1]
+        mean, variance = steps.moments(*start)
+        np.testing.assert_allclose(mean[:-1], np.sqrt(paper.alpha_bar[-2::-1]) * MEAN, rtol=1e-9)
+        np.testing.assert_allclose(variance[:-1], paper.marginal[-2::-1], rtol=1e-9)
+        np.testing.assert_allclose(mean[-1], MEAN, rtol=1e-9)
+        np.testing.assert_allclose(variance[-1] + paper.optimal[0], VAR, rtol=1e-9)
+
+    def test_a_given_variance_of_zero_draws_nothing(self):
+        chain = Chain(make_betas("linear", 100))
+        sampler = ancestral(chain, descending(100), np.zeros(100))
+        steps = read_off(sampler, GaussianDenoiser(MEAN, VAR, chain))
+        np.testing.assert_array_equal(steps.noise, 0)
+
+    @pytest.mark.parametrize("chain", ["linear", "cosine"], indirect=True)
+    def test_learned_log_variances_are_drawn_as_the_network_says(self, chain):
+        """On the chain itself the way through the fraction and back is the identity."""
+
+        def log_variance(t):
+            return -3 - t / 100
+
+        def network(params, x, time, conditioning):
+            return jnp.concatenate([x, log_variance(time[:, None])], axis=-1)
+
+        denoiser = NetworkDenoiser((), network, Parameterisation(chain, "x0", variance="learned"))
+        steps = read_off(ancestral(chain, descending(1000), "learned"), denoiser)
+        expected = np.exp(log_variance(descending(1000)[:-1]) / 2)
+        np.testing.assert_allclose(steps.noise[:-1], expected, rtol=1e-6)
+
+
+class TestNodes:
+    def test_of_the_full_chain_are_its_posterior(self, chain):
+        nodes = ancestral(chain, descending(1000), "fixedsmall").nodes
+        np.testing.assert_array_equal(nodes.time, descending(1000))
+        for actual, expected in (
+            (nodes.coef_x0, chain.posterior.coef_x0),
+            (nodes.coef_xt, chain.posterior.coef_xt),
+            (np.append(np.exp(nodes.log_variance[:-1]), 0), chain.posterior.variance),
+        ):
+            assert actual.dtype == np.float64
+            np.testing.assert_allclose(actual, expected[::-1], rtol=1e-10)
+
+    @pytest.mark.parametrize("stride", [10, 37])
+    def test_of_fewer_steps_are_those_of_the_respaced_chain(self, chain, stride):
+        """β' = 1 - ᾱ_t/ᾱ_s, by which the marginals at the kept times stay what they were."""
+        times = descending(1000, stride)
+        alpha_bar = chain.alpha_bar[times[::-1].astype(int)]
+        respaced = Chain(1 - alpha_bar / np.append(1, alpha_bar[:-1]))
+        nodes = ancestral(chain, times, "fixedlarge").nodes
+        np.testing.assert_array_equal(nodes.time, times)
+        for actual, expected in (
+            (nodes.coef_x0, respaced.posterior.coef_x0),
+            (nodes.coef_xt, respaced.posterior.coef_xt),
+            (nodes.log_variance[:-1], respaced.posterior_log_variance[1:]),
+            ((nodes.log_variance + nodes.log_variance_span)[:-1], np.log(respaced.betas)[1:]),
+        ):
+            np.testing.assert_allclose(actual, expected[::-1], rtol=1e-9)
+
+
+SHORT = Chain(make_betas("linear", 100))
+DENOISER = GaussianDenoiser(MEAN, VAR, SHORT)
+
+
+def start(batch, *shape):
+    """Noise to start from and keys, one per example."""
+    keys = jax.random.split(jax.random.key(0), batch)
+    return jax.random.normal(jax.random.key(1), (batch, *shape)), keys
+
+
+def run(x, keys, variance="fixedsmall", stride=10, denoiser=DENOISER, num_snapshots=1):
+    sampler = ancestral(SHORT, descending(100, stride), variance)
+    return jax.jit(lambda x, keys: sample(sampler, denoiser, x, keys, {}, num_snapshots))(x, keys)
+
+
+class TestSampling:
+    @pytest.mark.parametrize("variance", ["fixedsmall", "optimal"])
+    def test_moments_follow_the_recursion(self, variance):
+        x, keys = start(1000, 64)
+        paper = Paper(SHORT.betas)
+        samples, _ = run(x, keys, as_given(variance, paper), stride=1)
+        mean, var = paper.steps(paper.variance(variance)).moments(0.0, 1.0)[:, -1]
+        np.testing.assert_allclose(samples.mean(), mean, atol=4 * np.sqrt(var / x.size))
+        np.testing.assert_allclose(samples.var(), var, rtol=4 * np.sqrt(2 / x.size))
+
+    def test_noise_depends_on_the_examples_own_key_alone(self):
+        x, keys = start(5, 3)
+        whole, _ = run(x, keys)
+        part, _ = run(x[::-2], keys[::-2])
+        np.testing.assert_allclose(part, whole[::-2], rtol=1e-5)
+        alike, _ = run(jnp.zeros((5, 3)), keys)
+        assert len(np.unique(alike)) == alike.size
+
+    def test_noise_is_fresh_in_every_step(self):
+        """x_s - slope·x_t is the noise drawn, up to a constant: uncorrelated between steps."""
+        x, keys = start(2000, 1)
+        _, snapshots = run(x, keys, "fixedlarge", stride=1, num_snapshots=100)
+        slope = Paper(SHORT.betas).steps(SHORT.betas).slope[1:-1, None]
+        drawn = snapshots.x[1:-1, :, 0] - slope.astype(np.float32) * snapshots.x[:-2, :, 0]
+        assert np.max(np.abs(np.corrcoef(drawn) - np.eye(98))) < 6 / np.sqrt(2000)
+
+    def test_snapshots_are_evenly_spaced_and_end_with_the_end(self):
+        """Of 10 steps, 4 snapshots are the states after ⌈2.5⌉, 5, ⌈7.5⌉ and 10."""
+        x, keys = start(2, 3)
+        _, every = run(x, keys, num_snapshots=10)
+        end, four = run(x, keys, num_snapshots=4)
+        _, one = run(x, keys)
+        np.testing.assert_array_equal(four.x[-1], end)
+        for snapshots, steps in ((four, [3, 5, 8, 10]), (one, [10])):
+            kept = np.array(steps) - 1
+            np.testing.assert_allclose(snapshots.x, every.x[kept], rtol=1e-5)
+            np.testing.assert_allclose(snapshots.x0, every.x0[kept], rtol=1e-5)
+
+    def test_a_snapshot_is_the_end_of_a_shorter_run(self):
+        """With the x̂_0 from which its last step was taken."""
+        x, keys = start(2, 3)
+        _, every = run(x, keys, num_snapshots=10)
+        sampler = ancestral(SHORT, descending(100, 10), "fixedsmall")
+        shorter = sampler._replace(nodes=jax.tree.map(lambda column: column[:4], sampler.nodes))
+        end, _ = sample(shorter, DENOISER, x, keys, {})
+        np.testing.assert_allclose(every.x[3], end, rtol=1e-5)
+        t = jnp.float32(sampler.nodes.time[4])
+        np.testing.assert_allclose(every.x0[4], DENOISER(every.x[3], t, {}).x0, rtol=1e-5)
+
+    def test_more_snapshots_than_steps_is_an_error(self):
+        """They would be left empty, the last among them."""
+        with pytest.raises(ValueError, match="snapshots"):
+            run(*start(2, 3), num_snapshots=11)
+
+    def test_new_parameters_do_not_recompile(self):
+        traces = []
+        sampler = ancestral(SHORT, descending(100, 10), "fixedsmall")
+        x, keys = start(2, 3)
+
+        @jax.jit
+        def draw(denoiser):
+            traces.append(denoiser)
+            return sample(sampler, denoiser, x, keys, {})[0]
+
+        first, second = (draw(GaussianDenoiser(mean, VAR, SHORT)) for mean in (0.0, 10.0))
+        assert np.all(second > first)
+        assert len(traces) == 1
+
+    def test_memory_does_not_grow_with_steps(self):
+        """Beyond the table of nodes: no trajectory is kept, with snapshots or without."""
+        x, keys = start(4, 64, 64)
+
+        def temporary_bytes(num_timesteps):
+            chain = Chain(make_betas("linear", num_timesteps))
+            sampler = ancestral(chain, descending(num_timesteps), "fixedsmall")
+            draw = jax.jit(lambda d, x, keys: sample(sampler, d, x, keys, {}, num_snapshots=3))
+            compiled = draw.lower(GaussianDenoiser(MEAN, VAR, chain), x, keys).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        table = 450 * 4 * (len(AncestralNode._fields) + 1)
+        assert temporary_bytes(500) - temporary_bytes(50) <= table < x.nbytes

@@ -1,0 +1,264 @@
+"""The bound's terms against 50 digits, and the whole of it against an entropy known exactly."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exact import GaussianDenoiser
+from jax.scipy.special import logsumexp
+from mpmath import mp
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.likelihood import (
+    bound_term,
+    discrete_decoder_log_likelihood,
+    gaussian_kl,
+    model_log_variance,
+    prior_term,
+    variational_bound,
+)
+from jax_ddpm.diffusion.parameterisation import Prediction
+from jax_ddpm.diffusion.schedules import make_betas
+
+mp.dps = 50
+
+
+class TestGaussianKL:
+    @pytest.mark.parametrize(
+        ("mean_q", "std_q", "mean_p", "std_p"),
+        [(0.0, 1.0, 0.0, 1.0), (0.3, 0.5, -0.2, 0.7), (1.0, 2.0, 1.0, 0.5), (-2.0, 0.1, -1.9, 0.1)],
+    )
+    def test_is_the_integral_of_q_log_q_over_p(self, mean_q, std_q, mean_p, std_p, x64):
+        q, p = norm(mean_q, std_q), norm(mean_p, std_p)
+        integral, _ = quad(
+            lambda x: q.pdf(x) * (q.logpdf(x) - p.logpdf(x)), *q.interval(1 - 1e-14), epsabs=1e-13
+        )
+        logarithms = (2 * np.log(std_q), 2 * np.log(std_p))
+        kl = gaussian_kl(*(jnp.array(a) for a in (mean_q, logarithms[0], mean_p, logarithms[1])))
+        np.testing.assert_allclose(kl, integral, atol=1e-10)
+
+    def test_of_equals_is_exactly_zero(self, rng):
+        mean, log_variance = jnp.asarray(rng.normal(0, 3, (2, 100)), jnp.float32)
+        assert np.all(gaussian_kl(mean, log_variance, mean, log_variance) == 0)
+
+    def test_of_nearly_equal_variances_keeps_its_precision(self):
+        """½(exp(r) - 1 - r) → r²/4: lost to round-off in float32 if the 1 were subtracted last."""
+        r = jnp.float32(1e-2)
+        kl = gaussian_kl(jnp.float32(0), r, jnp.float32(0), jnp.float32(0))
+        np.testing.assert_allclose(kl, (np.expm1(1e-2) - 1e-2) / 2, rtol=1e-4)
+
+
+# Far outside the data's range, at a level, at the edge of a bin, and at the chain's extremes.
+MEANS = [-30.0, -1.7, -1.0, -1 + 1 / 255, 0.0, 0.21, 1.0, 1.4]
+LOG_VARIANCES = [-20.0, -9.8, -4.0, 0.0, 3.0]
+
+
+log_likelihood = jax.jit(discrete_decoder_log_likelihood, static_argnames="num_levels")
+
+
+def decode(num_levels, dtype, means=MEANS, log_variances=LOG_VARIANCES):
+    """The decoder's arguments for every (mean, log-variance), all levels in the last axis."""
+    mean, log_variance = (a.reshape(-1, 1) for a in np.meshgrid(means, log_variances))
+    levels = np.linspace(-1, 1, num_levels)
+    return [jnp.asarray(a, dtype) for a in np.broadcast_arrays(levels, mean, log_variance)]
+
+
+class TestDiscreteDecoder:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+    @pytest.mark.parametrize("num_levels", [17, 256])
+    def test_all_levels_sum_to_one(self, num_levels, dtype, tolerance, x64):
+        log_p = log_likelihood(*decode(num_levels, dtype), num_levels)
+        assert log_p.dtype == dtype
+        np.testing.assert_allclose(logsumexp(log_p, axis=-1), 0, atol=tolerance)
+
+    def test_is_the_normal_probability_of_the_bin(self, x64):
+        """Far into both tails: the smallest probability here is exp(-2e11)."""
+        num_levels = 17
+        x0, mean, log_variance = decode(num_levels, "float64")
+        actual = log_likelihood(x0, mean, log_variance, num_levels)
+        half_bin = mp.mpf(1) / (num_levels - 1)
+
+        def log_probability(x0, mean, log_variance):
+            scale = mp.exp(-mp.mpf(log_variance) / 2)
+            lower = -mp.inf if x0 == -1 else (x0 - half_bin - mp.mpf(mean)) * scale
+            upper = mp.inf if x0 == 1 else (x0 + half_bin - mp.mpf(mean)) * scale
+            if lower > 0:  # the smaller of the two tails
+                lower, upper = -upper, -lower
+            return float(mp.log(mp.ncdf(upper) - mp.ncdf(lower)))
+
+        expected = np.vectorize(log_probability)(*map(np.asarray, (x0, mean, log_variance)))
+        np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-14)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_values_and_gradients_are_finite(self, dtype, x64):
+        x0, mean, log_variance = decode(256, dtype, [*MEANS, -1e3, 1e3], [*LOG_VARIANCES, 10.0])
+
+        def total(mean, log_variance):
+            log_p = log_likelihood(x0, mean, log_variance, 256)
+            return log_p.sum(), log_p
+
+        gradients, log_p = jax.grad(total, (0, 1), has_aux=True)(mean, log_variance)
+        for array in (log_p, *gradients):
+            assert np.all(np.isfinite(array))
+
+    def test_float32_gradients_of_the_papers_decoder(self, x64):
+        """At log β̃_1 = -9.8 they agree with float64 up to the far end of the data's range."""
+
+        def gradient(dtype):
+            x0, *rest = decode(256, dtype, np.linspace(-1, 1, 9), [-9.8])
+            return jax.grad(
+                lambda mean, log_variance: log_likelihood(x0, mean, log_variance, 256).sum(),
+                (0, 1),
+            )(*rest)
+
+        for single, double in zip(gradient("float32"), gradient("float64"), strict=True):
+            np.testing.assert_allclose(single, double, rtol=0.01, atol=0.01)
+
+
+class TestPriorTerm:
+    def test_closed_form(self, chain, rng, x64):
+        """KL(N(√ᾱ·x_0, 1-ᾱ) ‖ N(0, 1)), averaged over dimensions."""
+        x0 = rng.uniform(-1, 1, (4, 6))
+        alpha_bar = mp.mpf(1)
+        for beta in chain.betas:
+            alpha_bar *= 1 - mp.mpf(beta)
+        expected = [(alpha_bar * (np.mean(x**2) - 1) - mp.log(1 - alpha_bar)) / 2 for x in x0]
+        actual = prior_term(chain, jnp.asarray(x0))
+        np.testing.assert_allclose(actual, np.array(expected, float), rtol=1e-9, atol=1e-16)
+
+    def test_papers_figure(self, rng):
+        """L_T of linear T = 1000 is 7-10e-6 bits/dim where E[x_0²] is about a quarter."""
+        x0 = jnp.asarray(rng.choice([-0.5, 0.5], (2, 100)), jnp.float32)
+        bits = prior_term(Chain(make_betas("linear", 1000)), x0) / np.log(2)
+        assert np.all((bits > 7e-6) & (bits < 10e-6))
+
+
+class TestBoundTerm:
+    def terms(self, chain, points, prediction, variance):
+        x0 = jnp.round(points.x0 * 8).clip(-8, 8) / 8  # on 17 levels
+        return bound_term(chain, prediction(x0), x0, points.xt, points.t, variance, 17)
+
+    def test_of_the_truth_is_zero_after_the_decoder(self, chain, points):
+        terms = self.terms(chain, points, lambda x0: Prediction(x0, points.eps), "fixedsmall")
+        assert np.all(terms[1:] == 0)
+        assert terms[0] > 0
+
+    def test_of_the_true_mean_leaves_the_variances_divergence(self, chain, points):
+        """KL(N(0, β̃) ‖ N(0, β)) for fixedlarge."""
+        terms = self.terms(chain, points, lambda x0: Prediction(x0, points.eps), "fixedlarge")
+        ratio = chain.posterior.variance[1:] / chain.betas[1:]
+        np.testing.assert_allclose(
+            terms[1:], (ratio - 1 - np.log(ratio)) / 2, rtol=1e-8, atol=1e-14
+        )
+
+    def test_the_decoder_has_the_smallest_variance_under_both(self, chain, points):
+        small, large = (
+            self.terms(chain, points, lambda x0: Prediction(0.9 * x0, points.eps), variance)
+            for variance in ("fixedsmall", "fixedlarge")
+        )
+        assert small[0] == large[0]
+        assert np.all(small[1:] != large[1:])
+
+    def test_fixed_log_variances(self, chain, points):
+        prediction = Prediction(points.x0, points.eps)
+        small, large = (
+            model_log_variance(chain, prediction, points.t, variance)[:, 0]
+            for variance in ("fixedsmall", "fixedlarge")
+        )
+        np.testing.assert_array_equal(small, chain.posterior_log_variance)
+        np.testing.assert_array_equal(large[1:], np.log(chain.betas[1:]))
+        assert large[0] == small[0]
+
+
+class TestVariationalBound:
+    """On data from N(0, s²) rounded to 256 levels, whose every probability is known."""
+
+    STD = 0.25
+    CHAIN = Chain(make_betas("linear", 100))
+    DENOISER = GaussianDenoiser(0.0, STD**2, CHAIN)
+
+    @pytest.fixture
+    def x0(self, rng):
+        levels = np.linspace(-1, 1, 256)
+        nearest = np.abs(rng.normal(0, self.STD, (128, 64, 1)) - levels).argmin(-1)
+        return jnp.asarray(levels[nearest], jnp.float32)
+
+    @pytest.fixture
+    def keys(self, x0):
+        return jax.random.split(jax.random.key(0), len(x0))
+
+    @staticmethod
+    @partial(jax.jit, static_argnames="variance")
+    def bound(denoiser, x0, keys, variance):
+        chain = TestVariationalBound.CHAIN
+        return variational_bound(chain, denoiser, x0, keys, {}, variance, num_levels=256)
+
+    def excess(self, bound, x0):
+        """Mean and standard error of the bound's excess over -log p(x_0), in nats/dim."""
+        edges = np.concatenate([[-np.inf], np.linspace(-1, 1, 256)[1:] - 1 / 255, [np.inf]])
+        log_p = np.log(np.diff(norm.cdf(edges / self.STD)))
+        index = np.rint((np.asarray(x0) + 1) * 127.5).astype(int)
+        excess = np.asarray(bound.total) + log_p[index].mean(axis=1)
+        return excess.mean(), excess.std() / np.sqrt(len(excess))
+
+    @pytest.mark.parametrize("variance", ["fixedsmall", "fixedlarge"])
+    def test_bounds_the_entropy(self, x0, keys, variance):
+        """Strictly: neither fixed variance is that of this data's reverse chain."""
+        mean, error = self.excess(self.bound(self.DENOISER, x0, keys, variance), x0)
+        assert mean > 4 * error
+
+    def test_is_tight_with_the_optimal_variance(self, x0, keys):
+        """With variance β̃ + c_0²·Var(x_0 | x_t) the model is the exact reverse of Gaussian data.
+
+        What is left is that x_0 is rounded: 4e-5 nats by quadrature.
+        """
+        chain, var = self.CHAIN, self.STD**2
+        unknown = var * chain.one_minus_alpha_bar / (chain.alpha_bar * (var - 1) + 1)
+        optimal = chain.posterior.variance + chain.posterior.coef_x0**2 * unknown
+        smallest = chain.posterior_log_variance
+        fraction = (np.log(optimal) - smallest) / (np.log(chain.betas) - smallest)
+
+        def denoiser(xt, t, conditioning):
+            of_t = jnp.broadcast_to(chain.gather(fraction, t)[:, None], xt.shape)
+            return self.DENOISER(xt, t, conditioning)._replace(variance_fraction=of_t)
+
+        bound = variational_bound(chain, denoiser, x0, keys, {}, "learned", num_levels=256)
+        mean, error = self.excess(bound, x0)
+        assert error < 0.02, "sharp enough to tell: the fixed variances' excess is 0.1 and 1.0"
+        assert abs(mean) < 4 * error + 1e-4
+
+    def test_terms_follow_their_expectation(self, x0, keys):
+        """A linear x̂_0 = g·x_t errs by (1-g·√ᾱ)²·x_0² + g²·(1-ᾱ), and the KL is c_0²/(2β̃) of it."""
+        chain, var = self.CHAIN, self.STD**2
+        bound = self.bound(self.DENOISER, x0, keys, "fixedsmall")
+        alpha_bar = np.cumprod(1 - chain.betas)
+        noise = 1 - alpha_bar
+        gain = np.sqrt(alpha_bar) * var / (alpha_bar * var + noise)
+        mse = (1 - gain * np.sqrt(alpha_bar)) ** 2 * np.mean(x0**2) + gain**2 * noise
+        five_errors = 5 * np.sqrt(2 / x0.size)  # of a mean of squares, relative
+        np.testing.assert_allclose(bound.x0_mse.mean(0), mse, rtol=five_errors)
+        kl = (chain.posterior.coef_x0**2 * mse)[1:] / (2 * chain.posterior.variance[1:])
+        np.testing.assert_allclose(bound.steps.mean(0)[1:], kl, rtol=five_errors)
+
+    def test_total_is_steps_and_prior(self, x0, keys):
+        bound = self.bound(self.DENOISER, x0, keys, "fixedsmall")
+        assert bound.steps.shape == bound.x0_mse.shape == (len(x0), self.CHAIN.num_timesteps)
+        np.testing.assert_allclose(bound.prior, prior_term(self.CHAIN, x0), rtol=1e-6)
+        np.testing.assert_allclose(bound.total, bound.steps.sum(1) + bound.prior, rtol=1e-6)
+
+    def test_x0_mse_of_a_constant_prediction(self, x0, keys):
+        """Data without variance are known to be their mean, whatever x_t."""
+        bound = self.bound(GaussianDenoiser(0.5, 0.0, self.CHAIN), x0, keys, "fixedsmall")
+        expected = np.mean((0.5 - x0) ** 2, axis=1, keepdims=True)
+        np.testing.assert_allclose(bound.x0_mse, np.tile(expected, 100), rtol=1e-6)
+
+    def test_noise_depends_on_the_examples_own_key_alone(self, x0, keys):
+        whole = self.bound(self.DENOISER, x0, keys, "fixedsmall")
+        chosen = np.arange(len(x0))[::-2]
+        part = self.bound(self.DENOISER, x0[chosen], keys[chosen], "fixedsmall")
+        np.testing.assert_allclose(part.steps, whole.steps[chosen], rtol=1e-4)
+        np.testing.assert_allclose(part.x0_mse, whole.x0_mse[chosen], rtol=1e-4)

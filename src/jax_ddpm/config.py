@@ -111,7 +111,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "loss.time_sampler": tuple(time_sampling.TIME_SAMPLERS),
     }
     for field, known in choices.items():
-        _require(config, field, lambda value, known=known: value in known, f"one of {known}")
+        _require(config, field, known.__contains__, f"one of {', '.join(known)}")
     for field in _POSITIVE:
         _require(config, field, lambda value: value > 0, "positive")
     for field in _FRACTIONS:
@@ -173,7 +173,7 @@ def _validate_process(config: ConfigDict) -> None:
 def validate_for_data(
     config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int
 ) -> None:
-    """Checks what the data decides: sizes, attention, labels. Raises UserError like ``validate``."""
+    """Checks what the data decides: sizes, attention, labels; raises like ``validate``."""
     height, width, _ = image_shape
     levels = len(config.model.channel_multipliers)
     factor = 2 ** (levels - 1)

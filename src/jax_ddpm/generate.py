@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.loop import Snapshots, sample
@@ -45,12 +46,18 @@ class Generator:
 
     def __call__(
         self, params: Any, seed: int, num_samples: int, label: int | None = None
-    ) -> Snapshots:
-        """Samples 0, …, num_samples-1 of the seed as NumPy arrays, float in about [-1, 1].
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Samples 0, …, num_samples-1 of the seed, float in about [-1, 1].
 
         With a conditional model sample i is of class ``label``, or where that is None of the class
-        of its column in the grid. The last snapshot is the end of the run.
+        of its column in the grid.
         """
+        return self.snapshots(params, seed, num_samples, label)[0][-1]
+
+    def snapshots(
+        self, params: Any, seed: int, num_samples: int, label: int | None = None
+    ) -> tuple[Float[np.ndarray, "k n h w c"], Float[np.ndarray, "k n h w c"]]:
+        """x_t and the predicted x_0 of each sample at evenly spaced steps, the last one its end."""
         denoiser, key = self._model.denoiser(params), jax.random.key(seed)
         labels = self._labels(num_samples, label)
         parts = []
@@ -58,7 +65,8 @@ class Generator:
             index = np.arange(start, start + self._batch_size, dtype=np.int32)
             rows = {name: array[index % num_samples] for name, array in labels.items()}
             parts.append(jax.device_get(self._run(denoiser, key, index, rows)))
-        return Snapshots(*(np.concatenate(f, axis=1)[:, :num_samples] for f in zip(*parts, strict=True)))
+        x, x0 = (np.concatenate(part, axis=1)[:, :num_samples] for part in zip(*parts, strict=True))
+        return x, x0
 
     def columns(self, num_samples: int, label: int | None = None) -> int:
         """Columns of a grid: a class in each, or about as many as rows."""
@@ -76,5 +84,5 @@ class Generator:
             )
         if not classes:
             return {}
-        by_column = np.arange(num_samples) % self.columns(num_samples)
-        return {"label": np.int32(by_column if label is None else np.full(num_samples, label))}
+        by_column = np.arange(num_samples, dtype=np.int32) % self.columns(num_samples)
+        return {"label": by_column if label is None else np.full_like(by_column, label)}

@@ -41,7 +41,6 @@ def run_train() -> pathlib.Path:
 
 def run_sample() -> pathlib.Path:
     """Samples from the averaged parameters in ``--workdir`` and returns the picture."""
-    from jax_ddpm import config as configs
     from jax_ddpm import factory, images
     from jax_ddpm.generate import Generator
     from jax_ddpm.training import checkpoint
@@ -50,11 +49,11 @@ def run_sample() -> pathlib.Path:
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
     workdir = pathlib.Path(_WORKDIR.value)
-    config = checkpoint.load_config(workdir, configs.default())
-    model = factory.Model(config, factory.make_source(config).spec)
+    config, spec = checkpoint.load_identity(workdir)
+    model = factory.Model(config, spec)
     params = checkpoint.restore(workdir)["ema"]["network"]
     generator = Generator(model, config.sampling.batch_size, data_mesh())
-    samples = generator(params, _SEED.value, _NUM_SAMPLES.value, _CLASS.value).x[-1]
+    samples = generator(params, _SEED.value, _NUM_SAMPLES.value, _CLASS.value)
     out = pathlib.Path(_OUT.value or workdir / "samples.png")
     images.save_grid(out, samples, generator.columns(len(samples), _CLASS.value))
     return out

@@ -206,80 +206,68 @@ SHORT = Chain(make_betas("linear", 100))
 DENOISER = GaussianDenoiser(MEAN, VAR, SHORT)
 
 
-def start(batch, *shape):
-    """Noise to start from and keys, one per example."""
-    keys = jax.random.split(jax.random.key(0), batch)
-    return jax.random.normal(jax.random.key(1), (batch, *shape)), keys
-
-
-def run(x, keys, variance="fixedsmall", stride=10, denoiser=DENOISER, num_snapshots=1):
-    sampler = ancestral(SHORT, descending(100, stride), variance)
-    return jax.jit(lambda x, keys: sample(sampler, denoiser, x, keys, {}, num_snapshots))(x, keys)
+@partial(jax.jit, static_argnames="num_snapshots")
+def run(nodes, x, keys, denoiser=DENOISER, num_snapshots=1):
+    sampler = ancestral(SHORT, descending(100), "fixedsmall")
+    return sample(sampler._replace(nodes=nodes), denoiser, x, keys, {}, num_snapshots)
 
 
 class TestSampling:
-    @pytest.mark.parametrize("variance", ["fixedsmall", "optimal"])
-    def test_moments_follow_the_recursion(self, variance):
-        x, keys = start(1000, 64)
+    NODES = ancestral(SHORT, descending(100), "fixedsmall").nodes
+
+    @pytest.fixture
+    def x(self, rng):
+        return jnp.asarray(rng.standard_normal((2000, 16)), jnp.float32)
+
+    @pytest.fixture
+    def keys(self, x):
+        return jax.random.split(jax.random.key(0), len(x))
+
+    @pytest.mark.parametrize("variance", ["fixedsmall", "fixedlarge", "optimal"])
+    def test_moments_follow_the_recursion(self, x, keys, variance):
         paper = Paper(SHORT.betas)
-        samples, _ = run(x, keys, as_given(variance, paper), stride=1)
+        nodes = ancestral(SHORT, descending(100), as_given(variance, paper)).nodes
+        samples, _ = run(nodes, x, keys)
         mean, var = paper.steps(paper.variance(variance)).moments(0.0, 1.0)[:, -1]
         np.testing.assert_allclose(samples.mean(), mean, atol=4 * np.sqrt(var / x.size))
         np.testing.assert_allclose(samples.var(), var, rtol=4 * np.sqrt(2 / x.size))
 
-    def test_noise_depends_on_the_examples_own_key_alone(self):
-        x, keys = start(5, 3)
-        whole, _ = run(x, keys)
-        part, _ = run(x[::-2], keys[::-2])
-        np.testing.assert_allclose(part, whole[::-2], rtol=1e-5)
-        alike, _ = run(jnp.zeros((5, 3)), keys)
-        assert len(np.unique(alike)) == alike.size
+    def test_noise_depends_on_the_examples_own_key_alone(self, x, keys):
+        whole, _ = run(self.NODES, x, keys)
+        part, _ = run(self.NODES, x[7:2:-2], keys[7:2:-2])
+        np.testing.assert_allclose(part, whole[7:2:-2], rtol=1e-5, atol=1e-6)
 
-    def test_noise_is_fresh_in_every_step(self):
+    def test_noise_is_fresh_in_every_step(self, x, keys):
         """x_s - slope·x_t is the noise drawn, up to a constant: uncorrelated between steps."""
-        x, keys = start(2000, 1)
-        _, snapshots = run(x, keys, "fixedlarge", stride=1, num_snapshots=100)
+        states = np.asarray(run(self.NODES, x, keys, num_snapshots=100)[1].x[:-1, :, 0])
         slope = Paper(SHORT.betas).steps(SHORT.betas).slope[1:-1, None]
-        drawn = snapshots.x[1:-1, :, 0] - slope.astype(np.float32) * snapshots.x[:-2, :, 0]
-        assert np.max(np.abs(np.corrcoef(drawn) - np.eye(98))) < 6 / np.sqrt(2000)
+        drawn = states[1:] - slope * states[:-1]
+        assert np.max(np.abs(np.corrcoef(drawn) - np.eye(98))) < 6 / np.sqrt(len(x))
 
-    def test_snapshots_are_evenly_spaced_and_end_with_the_end(self):
-        """Of 10 steps, 4 snapshots are the states after ⌈2.5⌉, 5, ⌈7.5⌉ and 10."""
-        x, keys = start(2, 3)
-        _, every = run(x, keys, num_snapshots=10)
-        end, four = run(x, keys, num_snapshots=4)
-        _, one = run(x, keys)
-        np.testing.assert_array_equal(four.x[-1], end)
-        for snapshots, steps in ((four, [3, 5, 8, 10]), (one, [10])):
-            kept = np.array(steps) - 1
-            np.testing.assert_allclose(snapshots.x, every.x[kept], rtol=1e-5)
-            np.testing.assert_allclose(snapshots.x0, every.x0[kept], rtol=1e-5)
+    def test_snapshots(self, x, keys):
+        """k evenly spaced states, the last the end, with the x̂_0 that each was reached by."""
+        end, three = run(self.NODES, x, keys, num_snapshots=3)
+        _, every = run(self.NODES, x, keys, num_snapshots=100)
+        np.testing.assert_array_equal(three.x[-1], end)
+        for snapshots, all_steps in zip(three, every, strict=True):
+            np.testing.assert_allclose(snapshots, np.asarray(all_steps)[[33, 66, 99]], rtol=1e-5)
+        predicted = jax.vmap(lambda x, t: DENOISER(x, t, {}).x0)(
+            every.x[:-1], jnp.asarray(self.NODES.time[1:], jnp.float32)
+        )
+        np.testing.assert_allclose(every.x0[1:], predicted, rtol=1e-5, atol=1e-6)
 
-    def test_a_snapshot_is_the_end_of_a_shorter_run(self):
-        """With the x̂_0 from which its last step was taken."""
-        x, keys = start(2, 3)
-        _, every = run(x, keys, num_snapshots=10)
-        sampler = ancestral(SHORT, descending(100, 10), "fixedsmall")
-        shorter = sampler._replace(nodes=jax.tree.map(lambda column: column[:4], sampler.nodes))
-        end, _ = sample(shorter, DENOISER, x, keys, {})
-        np.testing.assert_allclose(every.x[3], end, rtol=1e-5)
-        t = jnp.float32(sampler.nodes.time[4])
-        np.testing.assert_allclose(every.x0[4], DENOISER(every.x[3], t, {}).x0, rtol=1e-5)
-
-    def test_more_snapshots_than_steps_is_an_error(self):
+    def test_more_snapshots_than_steps_is_an_error(self, x, keys):
         """They would be left empty, the last among them."""
         with pytest.raises(ValueError, match="snapshots"):
-            run(*start(2, 3), num_snapshots=11)
+            run(self.NODES, x, keys, num_snapshots=101)
 
-    def test_new_parameters_do_not_recompile(self):
+    def test_new_parameters_do_not_recompile(self, x, keys):
         traces = []
-        sampler = ancestral(SHORT, descending(100, 10), "fixedsmall")
-        x, keys = start(2, 3)
 
         @jax.jit
         def draw(denoiser):
             traces.append(denoiser)
-            return sample(sampler, denoiser, x, keys, {})[0]
+            return run(self.NODES, x, keys, denoiser)[0]
 
         first, second = (draw(GaussianDenoiser(mean, VAR, SHORT)) for mean in (0.0, 10.0))
         assert np.all(second > first)
@@ -287,7 +275,7 @@ class TestSampling:
 
     def test_memory_does_not_grow_with_steps(self):
         """Beyond the table of nodes: no trajectory is kept, with snapshots or without."""
-        x, keys = start(4, 64, 64)
+        x, keys = jnp.zeros((4, 64, 64)), jax.random.split(jax.random.key(0), 4)
 
         def temporary_bytes(num_timesteps):
             chain = Chain(make_betas("linear", num_timesteps))

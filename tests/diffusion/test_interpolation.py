@@ -1,7 +1,5 @@
 """Encode two images at t, mix, decode: with a Gaussian denoiser, affine in everything."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +27,15 @@ WEIGHTS = np.array([0.0, 0.3, 0.3, 0.8, 1.0])
 W = WEIGHTS.reshape(-1, 1, 1, 1)
 
 
-def row(pair, seed=0, weights=WEIGHTS):
+@jax.jit
+def decode(pair, weights, key):
+    denoiser, t = GaussianDenoiser(0.3, VAR, CHAIN), jnp.array(T, pair.dtype)
+    return interpolate(SAMPLER, denoiser, CHAIN, pair, t, weights, key, {})
+
+
+def row(pair, weights=WEIGHTS, seed=0):
     """The decoded mixtures of a pair of images."""
-    denoiser, key = GaussianDenoiser(0.3, VAR, CHAIN), jax.random.key(seed)
-    decode = partial(interpolate, SAMPLER, denoiser, CHAIN)
-    return np.asarray(decode(*map(jnp.asarray, (pair, float(T), weights)), key, {}))
+    return np.asarray(decode(pair, weights, jax.random.key(seed)))
 
 
 def test_is_affine_in_the_weight(pair):
@@ -72,4 +74,5 @@ def test_noise_is_drawn_per_image_and_from_the_key(pair):
 
 
 def test_a_weight_does_not_depend_on_its_row(pair):
-    np.testing.assert_allclose(row(pair, weights=WEIGHTS[3:4]), row(pair)[3:4], atol=1e-14)
+    other = np.array([0.6, 0.1, 0.5, 0.8, 0.9])
+    np.testing.assert_array_equal(row(pair, other)[3], row(pair)[3])

@@ -21,7 +21,9 @@ def batch_indices(
     """
     position = step * batch_size + np.arange(batch_size)
     epochs, offsets = np.divmod(position, num_examples)
-    return np.array([_epoch(seed, int(e), num_examples)[o] for e, o in zip(epochs, offsets, strict=True)])
+    return np.concatenate(
+        [_epoch(seed, e, num_examples)[offsets[epochs == e]] for e in np.unique(epochs).tolist()]
+    )
 
 
 def padded_batches(

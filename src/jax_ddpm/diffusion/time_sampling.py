@@ -62,7 +62,7 @@ class Stratified(Uniform):
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each t, as a ring: entry ``counts % length`` is the next to be replaced."""
+    """The last losses at each t, as a ring: slot ``counts % length`` is the next to be replaced."""
 
     losses: Float[Array, "T length"]
     counts: Int[Array, " T"]

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from jax_ddpm.models.initialisers import HostInitialiser, generator
 
@@ -26,7 +25,7 @@ class Network(NamedTuple):
 def make_network(module: nn.Module, image_shape: tuple[int, int, int]) -> Network:
     """``module`` on images of ``image_shape`` (height, width, channels)."""
 
-    def apply(params, x, time, conditioning, dropout_keys=None) -> Array:
+    def apply(params, x, time, conditioning, dropout_keys=None):
         return module.apply({"params": params}, x, time, conditioning, dropout_keys)
 
     def init(key: Any) -> Any:

@@ -1,28 +1,42 @@
-"""The final checkpoint: parameters, their averages and the config that made them."""
+"""What a finished run leaves: parameters, their averages, its config and its data's spec."""
 
 import json
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
+from jax_ddpm.config import default
+from jax_ddpm.data.source import Spec
 from jax_ddpm.errors import UserError
 
 
-def save_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes the resolved config as ``config.json``."""
-    (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
+def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None:
+    """Notes what the run is, in ``config.json`` and ``data.json``, making the folder.
+
+    Raises:
+      UserError: where the workdir cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
+        (workdir / "data.json").write_text(json.dumps(spec._asdict(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
 
 
-def load_config(workdir: pathlib.Path, defaults: ConfigDict) -> ConfigDict:
-    """The config that a workdir was trained with."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"--workdir={workdir}: no config.json there; train into it first")
-    config = defaults.copy_and_resolve_references()
-    with config.unlocked():
-        config.update(ConfigDict(json.loads(path.read_text())))
-    return config
+def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
+    """The config that a workdir was trained with and the spec of its data."""
+    try:
+        config = default()
+        config.update(json.loads((workdir / "config.json").read_text()))
+        spec = Spec(**json.loads((workdir / "data.json").read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"--workdir={workdir}: no run there; train into it first") from error
+    height, width, channels = spec.image_shape
+    return config, spec._replace(image_shape=(height, width, channels))
 
 
 def exists(workdir: pathlib.Path) -> bool:
@@ -44,5 +58,8 @@ def restore(workdir: pathlib.Path) -> dict[str, Any]:
 
     if not exists(workdir):
         raise UserError(f"--workdir={workdir}: no checkpoint there; train to the end first")
+    path = (workdir / "checkpoint").absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "checkpoint").absolute())
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))

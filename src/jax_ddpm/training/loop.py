@@ -1,7 +1,6 @@
 """The training loop, top to bottom."""
 
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax_ddpm.keys import Stream, stream_key
 from jax_ddpm.training import checkpoint
 from jax_ddpm.training.heldout import HeldOut
 from jax_ddpm.training.metrics import Meter, MetricWriter, Progress
+from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, data_mesh, replicate
 
@@ -24,8 +24,9 @@ from jax_ddpm.training.step import compile_step, data_mesh, replicate
 def train(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     """Trains into ``workdir`` and returns the path of the last sample grid.
 
-    Writes ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and, at the end,
-    ``checkpoint/`` with the parameters and their averages.
+    Writes ``config.json``, ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and, at
+    the end, ``checkpoint/`` with the parameters and their averages. An unfinished run that lies
+    there is started over.
 
     Raises:
       UserError: where the workdir holds a finished run, or a loss or gradient is not finite.
@@ -35,18 +36,17 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
             f"--workdir={workdir} already holds a finished run; sample from it with "
             f"--mode=sample --workdir={workdir}, or train into another --workdir"
         )
-    make_workdir(workdir, config)
     source = factory.make_source(config)
+    checkpoint.save_identity(workdir, config, source.spec)
     model = factory.Model(config, source.spec)
-    recipe = factory.make_recipe(config, model)
+    objective = make_objective(config, model)
+    recipe = make_recipe(config, objective)
     every, batch_size = config.training, config.training.batch_size
-    num_steps, num_examples = config.training.num_steps, source.spec.split_sizes["train"]
-
-    num_samples = config.sampling.num_samples
+    num_steps, num_samples = config.training.num_steps, config.sampling.num_samples
+    num_examples = source.spec.split_sizes["train"]
 
     mesh, seed = data_mesh(), jax.random.key(config.seed)
     params = {"network": model.network.init(stream_key(seed, Stream.PARAMETERS))}
-    objective = recipe.phases[0].objective
     heldout = HeldOut(objective, source, seed, batch_size, every.heldout_examples)
     generator = Generator(model, config.sampling.batch_size, mesh)
     step_fn = compile_step(recipe, mesh)
@@ -72,21 +72,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
             if done % every.sample_every == 0 or last:
                 with meter.paused():
                     path = workdir / "samples" / f"step_{done:07}.png"
-                    samples = generator(state.ema["network"], config.seed, num_samples).x[-1]
+                    samples = generator(state.ema["network"], config.seed, num_samples)
                     images.save_grid(path, samples, generator.columns(num_samples))
                     progress.say(f"wrote {path}")
     checkpoint.save(workdir, {"params": state.params, "ema": state.ema})
     return path
-
-
-def make_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Makes the folder of a run and notes its config; an unfinished run there is started over."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
-        checkpoint.save_config(workdir, config)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
 
 
 def describe(params: dict[str, Any], source: Source, mesh: Mesh) -> str:

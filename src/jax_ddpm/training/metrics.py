@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections import deque
@@ -77,11 +78,12 @@ class Meter:
 
 
 class MetricWriter:
-    """Writes scalars to ``metrics.jsonl`` and TensorBoard files in the workdir."""
+    """Writes scalars to ``metrics.jsonl`` and TensorBoard files in the workdir, anew."""
 
     def __init__(self, workdir: pathlib.Path):
         from tensorboardX import SummaryWriter
 
+        shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
         self._lines = (workdir / "metrics.jsonl").open("w")
         self._board = SummaryWriter(str(workdir / "tensorboard"))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -88,8 +89,8 @@ class DiffusionObjective:
             return {}
         conditioning = {"label": batch["label"]}
         if self.augment:
-            coin = jax.vmap(lambda key: jax.random.bernoulli(key, self.label_drop))
-            conditioning["label_drop"] = coin(keys.per_example(Stream.LABEL_DROP))
+            coin = partial(jax.random.bernoulli, p=self.label_drop)
+            conditioning["label_drop"] = jax.vmap(coin)(keys.per_example(Stream.LABEL_DROP))
         return conditioning
 
     def _loss(self, output: Array, x0: Array, xt: Array, eps: Array, t: Array) -> Array:

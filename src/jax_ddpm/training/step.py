@@ -117,7 +117,7 @@ def replicate(state: TrainState, mesh: Mesh) -> TrainState:
 def compile_step(
     recipe: Recipe, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, Any], Any], tuple[TrainState, Metrics]]:
-    """``train_step`` jitted over the mesh: batch split over devices, state whole on each, donated."""
+    """``train_step`` over the mesh: batch split over devices, state whole on each and donated."""
     whole = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
     return jax.jit(

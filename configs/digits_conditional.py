@@ -1,0 +1,36 @@
+"""Handwritten digits with their class: the columns of the sample grid are the classes 0 to 9.
+
+One label in ten is dropped in training, so the network is also an unconditional model, as
+classifier-free guidance needs (Ho & Salimans 2022).
+"""
+
+from ml_collections import ConfigDict
+
+from jax_ddpm.config import default
+
+
+def get_config() -> ConfigDict:
+    """The model of ``configs/digits.py`` with labels."""
+    config = default()
+    config.data.source = "digits"
+    config.model.base_channels = 32
+    config.model.channel_multipliers = (1, 2)
+    config.model.attention_resolutions = (4,)
+    config.model.num_groups = 8
+    config.model.dropout = 0.0
+    config.model.class_conditional = True
+    config.training.label_drop = 0.1
+    config.process.name = "cosine"
+    config.parameterisation.variance = "fixedsmall"
+
+    config.training.num_steps = 2000
+    config.training.learning_rate = 1e-3
+    config.training.warmup_steps = 50
+    config.training.decay = "cosine"
+    config.training.ema_decay = 0.995
+    config.training.log_every = 50
+    config.training.heldout_every = 500
+    config.training.sample_every = 1000
+    config.sampling.num_samples = 100
+    config.sampling.batch_size = 100
+    return config

@@ -1,0 +1,61 @@
+"""From config to objective and optimiser."""
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS
+from jax_ddpm.factory import Model
+from jax_ddpm.training.objective import DiffusionObjective
+from jax_ddpm.training.state import Average, Phase, Recipe
+
+
+def make_objective(config: ConfigDict, model: Model) -> DiffusionObjective:
+    """What training minimises."""
+    return DiffusionObjective(
+        apply=model.network.apply,
+        chain=model.chain,
+        parameterisation=model.parameterisation,
+        variance=model.variance,
+        time_sampler=TIME_SAMPLERS[config.loss.time_sampler](model.chain.num_timesteps),
+        loss=config.loss.kind,
+        weighting=config.loss.weighting,
+        bound_weight=config.loss.bound_weight,
+        num_levels=model.spec.num_levels,
+        flip=config.data.flip,
+        label_drop=config.training.label_drop if model.num_classes else None,
+    )
+
+
+def make_recipe(config: ConfigDict, objective: DiffusionObjective) -> Recipe:
+    """DDPM training: one phase, the parameters "network" and their average of the same name."""
+    learning_rate = make_learning_rate(config)
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(config.training.grad_clip),
+        optax.adam(
+            learning_rate,
+            b1=config.training.adam_b1,
+            b2=config.training.adam_b2,
+            eps=config.training.adam_eps,
+        ),
+    )
+
+    def ema_decay(step):
+        # Early on, average over about the last tenth of the run instead of the random start.
+        return jnp.minimum(config.training.ema_decay, (1 + step) / (10 + step))
+
+    return Recipe(
+        phases=(Phase(objective, ("network",), optimiser, learning_rate),),
+        averages={"network": Average("network", ema_decay)},
+        accumulate=config.training.accumulate,
+    )
+
+
+def make_learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Linear warm-up from 0, then constant or along a cosine to 0 at the last step."""
+    peak, warmup = config.training.learning_rate, config.training.warmup_steps
+    rest = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, max(1, config.training.num_steps - warmup)),
+    }[config.training.decay]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup])

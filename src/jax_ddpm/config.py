@@ -110,6 +110,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "loss.weighting": tuple(losses.WEIGHTINGS),
         "loss.time_sampler": tuple(time_sampling.TIME_SAMPLERS),
     }
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed is {config.seed}; it must be from 0 to 2**32 - 1")
     for field, known in choices.items():
         _require(config, field, known.__contains__, f"one of {', '.join(known)}")
     for field in _POSITIVE:

@@ -22,6 +22,9 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "Images to sample.", lower_bound=1)
 _CLASS = flags.DEFINE_integer("class", None, "Class to sample; one in each column by default.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
+_PROGRESSIVE = flags.DEFINE_integer(
+    "progressive", 1, "Show each image at this many moments of its making.", lower_bound=1
+)
 _OUT = flags.DEFINE_string("out", None, "PNG to write; <workdir>/samples.png by default.")
 
 
@@ -41,6 +44,8 @@ def run_train() -> pathlib.Path:
 
 def run_sample() -> pathlib.Path:
     """Samples from the averaged parameters in ``--workdir`` and returns the picture."""
+    import numpy as np
+
     from jax_ddpm import factory, images
     from jax_ddpm.generate import Generator
     from jax_ddpm.training import checkpoint
@@ -52,10 +57,17 @@ def run_sample() -> pathlib.Path:
     config, spec = checkpoint.load_identity(workdir)
     model = factory.Model(config, spec)
     params = checkpoint.restore(workdir)["ema"]["network"]
-    generator = Generator(model, config.sampling.batch_size, data_mesh())
-    samples = generator(params, _SEED.value, _NUM_SAMPLES.value, _CLASS.value)
+    moments = _PROGRESSIVE.value
+    if moments > model.chain.num_timesteps:
+        raise UserError(f"--progressive={moments}: the chain has {model.chain.num_timesteps} steps")
+    generator = Generator(model, config.sampling.batch_size, data_mesh(), moments)
+    x, x0 = generator.snapshots(params, _SEED.value, _NUM_SAMPLES.value, _CLASS.value)
     out = pathlib.Path(_OUT.value or workdir / "samples.png")
-    images.save_grid(out, samples, generator.columns(len(samples), _CLASS.value))
+    if moments == 1:
+        images.save_grid(out, x[-1], generator.columns(_NUM_SAMPLES.value, _CLASS.value))
+    else:
+        pairs = np.stack([x, x0]).transpose(2, 0, 1, 3, 4, 5)  # image, x_t or x_0, moment
+        images.save_grid(out, pairs.reshape(-1, *x.shape[2:]), columns=moments)
     return out
 
 

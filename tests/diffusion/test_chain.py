@@ -125,16 +125,17 @@ def test_steps_compose_to_the_closed_form(chain, x64):
 
 def test_bayes_rule(chain, points, rng):
     """q(x_t | x_{t-1})·q(x_{t-1} | x_0) = q(x_{t-1} | x_t, x_0)·q(x_t | x_0)."""
-    x0, previous, t = points.x0[1:], points.xt[:-1], points.t[1:]
-    step_mean, step_variance = q_step(chain, previous, t)
-    xt = step_mean + jnp.sqrt(step_variance) * rng.standard_normal(x0.shape)
-    back_mean, back_log_variance = q_posterior(chain, x0, xt, t)
+    x0, _, previous, t = map(np.asarray, points)
+    x0, previous, t = x0[1:], previous[:-1], t[1:]
+    step_mean, step_variance = map(np.asarray, q_step(chain, *map(jnp.asarray, (previous, t))))
+    xt = step_mean + np.sqrt(step_variance) * rng.standard_normal(x0.shape)
+    back_mean, back_log_variance = q_posterior(chain, *map(jnp.asarray, (x0, xt, t)))
 
     def log_marginal(x, t):
         return norm.logpdf(x, chain.alpha(t)[:, None] * x0, chain.sigma(t)[:, None])
 
-    forwards = norm.logpdf(xt, step_mean, step_variance**0.5) + log_marginal(previous, t - 1)
-    backwards = norm.logpdf(previous, back_mean, jnp.exp(back_log_variance / 2))
+    forwards = norm.logpdf(xt, step_mean, np.sqrt(step_variance)) + log_marginal(previous, t - 1)
+    backwards = norm.logpdf(previous, back_mean, np.exp(back_log_variance / 2))
     np.testing.assert_allclose(forwards, backwards + log_marginal(xt, t), atol=1e-10)
 
 

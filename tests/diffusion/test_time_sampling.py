@@ -15,56 +15,58 @@ T = 10
 ADAPTIVE = LossSecondMoment(T, length=4, uniform_share=0.1)
 
 
-@partial(jax.jit, static_argnames=("sampler", "batch", "part"))
-def draw(sampler, batch=40, state=None, part=(0, None)):
-    """Times and weights of 300 global batches ``[300, batch]``, or of a part of each."""
+@partial(jax.jit, static_argnums=0)
+def draw_jit(sampler, state, shared_key, keys, position):
+    return sampler.draw(state, shared_key, keys, position)
+
+
+def draw(sampler, batch=1000, order=slice(None), state=None, seed=0):
+    """Times and weights of a global batch, its examples in another order, as NumPy arrays."""
     state = sampler.init() if state is None else state
-    position = jnp.arange(batch, dtype=jnp.float32) / batch
-
-    def one_step(key):
-        shared_key, key = jax.random.split(key)
-        keys = jax.random.split(key, batch)
-        return sampler.draw(state, shared_key, keys[slice(*part)], position[slice(*part)])
-
-    return jax.vmap(one_step)(jax.random.split(jax.random.key(0), 300))
+    keys = jax.random.split(jax.random.key(1), batch)
+    position = np.arange(batch, dtype=np.float32) / batch
+    drawn = draw_jit(sampler, state, jax.random.key(seed), keys[order], position[order])
+    return [np.asarray(array) for array in drawn]
 
 
 def histogram(t):
-    return np.bincount(np.ravel(t).astype(int), minlength=T)
+    return np.bincount(t.astype(int), minlength=T)
 
 
 @pytest.mark.parametrize("sampler", [Uniform(T), Stratified(T), ADAPTIVE])
 class TestEverySampler:
     """Before any loss is known."""
 
-    def test_draws_whole_times_in_range(self, sampler):
+    def test_draws_whole_times_uniformly(self, sampler):
         t, weight = draw(sampler)
         assert t.dtype == weight.dtype == np.float32
-        assert set(np.ravel(t)) == set(range(T))
+        assert set(t) == set(range(T))
+        assert chisquare(histogram(t)).pvalue > 1e-3
         np.testing.assert_allclose(weight, 1, rtol=1e-6)
 
-    def test_each_example_is_uniform(self, sampler):
-        t, _ = draw(sampler)
-        for example in (0, 17):
-            assert chisquare(histogram(t[:, example])).pvalue > 1e-3
-
-    def test_the_split_of_the_batch_does_not_matter(self, sampler):
-        whole, _ = draw(sampler)
-        for part in ((0, 20), (20, 40)):
-            t, _ = draw(sampler, part=part)
-            np.testing.assert_array_equal(t, np.asarray(whole)[:, slice(*part)])
+    def test_each_example_depends_on_its_own_key_and_position(self, sampler, rng):
+        """Not on its place in the local batch, or on what is drawn beside it."""
+        order = rng.choice(1000, 1000)
+        (whole, _), (t, _) = draw(sampler), draw(sampler, order=order)
+        np.testing.assert_array_equal(t, whole[order])
 
 
 class TestStratified:
-    @pytest.mark.parametrize(("num_timesteps", "batch"), [(1000, 1000), (1000, 125), (16, 16)])
+    @pytest.mark.parametrize(("num_timesteps", "batch"), [(1000, 1000), (1000, 125)])
     def test_one_time_in_each_stratum(self, num_timesteps, batch):
-        t, _ = draw(Stratified(num_timesteps), batch)
-        strata = np.sort(t // (num_timesteps // batch), axis=1)
-        np.testing.assert_array_equal(strata, np.tile(np.arange(batch), (300, 1)))
+        for seed in range(20):
+            t, _ = draw(Stratified(num_timesteps), batch, seed=seed)
+            strata = np.sort(t // (num_timesteps // batch))
+            np.testing.assert_array_equal(strata, np.arange(batch))
 
     def test_a_larger_batch_covers_every_time_equally(self):
-        t, _ = draw(Stratified(T), 4 * T)
-        np.testing.assert_array_equal(np.apply_along_axis(histogram, 1, t), 4)
+        t, _ = draw(Stratified(T))
+        np.testing.assert_array_equal(histogram(t), 100)
+
+    def test_each_example_is_uniform_over_steps(self):
+        """The shared key turns the whole batch."""
+        of_example = np.array([draw(Stratified(T), seed=seed)[0][17] for seed in range(200)])
+        assert chisquare(histogram(of_example)).pvalue > 1e-3
 
 
 class TestLossSecondMoment:
@@ -92,7 +94,7 @@ class TestLossSecondMoment:
 
     def test_weights_undo_the_probabilities(self, history, expected, rng):
         """Σ_t p(t)·w(t)·f(t) is the mean of f over uniform t."""
-        t, weight = (np.ravel(a) for a in draw(ADAPTIVE, state=history))
+        t, weight = draw(ADAPTIVE, state=history)
         weight_of = np.array([weight[t == step][0] for step in range(T)])
         np.testing.assert_array_equal(weight_of[t.astype(int)], weight)
         f = rng.standard_normal(T)

@@ -1,6 +1,6 @@
 """The source contract: indices → batch of arrays, and a spec."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -22,6 +22,7 @@ class Spec(NamedTuple):
     identity: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to a data set with the splits "train" and "heldout"."""
 

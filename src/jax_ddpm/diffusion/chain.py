@@ -29,7 +29,7 @@ class Chain:
     t = 0 (ᾱ_{-1} = 1).
 
     Raises:
-      ValueError: where β is not one axis of two values or more in (0, 1].
+      ValueError: where β is not one axis of two values or more in (0, 1), the last in (0, 1].
     """
 
     betas: np.ndarray
@@ -37,8 +37,11 @@ class Chain:
 
     def __post_init__(self) -> None:
         betas = np.asarray(self.betas, np.float64)
-        if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas <= 1)):
-            raise ValueError("betas must be one axis of two or more values in (0, 1]")
+        valid = betas.ndim == 1 and betas.size > 1 and np.all((betas > 0) & (betas <= 1))
+        if not valid or np.any(betas[:-1] == 1):  # after β = 1 nothing is left to go back to
+            raise ValueError(
+                "betas must be one axis of two or more values in (0, 1), of which the last may be 1"
+            )
         object.__setattr__(self, "betas", betas)
         if self.prior_bits_per_dim > _MAX_PRIOR_BITS:
             warnings.warn(

@@ -7,7 +7,7 @@ scalar in samplers and ``[batch]`` in training.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax_ddpm.diffusion.process import Process, expand
 Conditioning = dict[str, Array]
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """Predicts (x_0, ε) from x_t: a pytree that can be called."""
 

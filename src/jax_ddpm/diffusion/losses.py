@@ -20,6 +20,11 @@ from jax_ddpm.diffusion.process import Process
 Weighting = Callable[[Process, Array], Array]
 
 
+def _signal(process: Process, t: Array) -> Array:
+    """α, never quite 0: where a chain ends without signal, w·(α/Δ)² is a finite limit of ∞·0."""
+    return jnp.maximum(process.alpha(t), 1e-18)
+
+
 def simple(process: Process, t: Array) -> Array:
     """w = 1: L_simple (Ho et al. 2020, eq. 14), which is the SNR-weighted x_0-error."""
     return jnp.ones_like(t)
@@ -27,17 +32,17 @@ def simple(process: Process, t: Array) -> Array:
 
 def truncated_snr(process: Process, t: Array) -> Array:
     """The x_0-error under max(SNR, 1): w = max(1, 1/SNR) (Salimans & Ho 2022)."""
-    return jnp.maximum(1, jnp.exp(-process.log_snr(t)))
+    return jnp.maximum(1, (process.sigma(t) / _signal(process, t)) ** 2)
 
 
 def min_snr(process: Process, t: Array, gamma: float = 5.0) -> Array:
     """The x_0-error under min(SNR, γ): w = min(1, γ/SNR) (Hang et al. 2023)."""
-    return jnp.minimum(1, gamma * jnp.exp(-process.log_snr(t)))
+    return jnp.minimum(1, gamma * (process.sigma(t) / _signal(process, t)) ** 2)
 
 
 def p2(process: Process, t: Array, k: float = 1.0, gamma: float = 1.0) -> Array:
     """w = 1/(k + SNR)^γ (Choi et al. 2022)."""
-    return (k + jnp.exp(process.log_snr(t))) ** -gamma
+    return (k + (process.alpha(t) / process.sigma(t)) ** 2) ** -gamma
 
 
 def vlb(process: Process, t: Array) -> Array:
@@ -53,7 +58,7 @@ def vlb(process: Process, t: Array) -> Array:
 
 def _error_in(target: str) -> Weighting:
     def weighting(process: Process, t: Array) -> Array:
-        return (TARGETS[target](process, t).delta / process.alpha(t)) ** 2
+        return (TARGETS[target](process, t).delta / _signal(process, t)) ** 2
 
     weighting.__doc__ = f"The plain squared error in the target {target!r}."
     return weighting
@@ -82,6 +87,6 @@ def weighted_error(
     """w(t)·‖ε - ε̂‖² per example, from the network's mean output y and its regression target."""
     process = parameterisation.process
     delta = TARGETS[parameterisation.target](process, t).delta
-    to_eps_error = (process.alpha(t) / delta) ** 2
+    to_eps_error = (_signal(process, t) / delta) ** 2
     weight = WEIGHTINGS[weighting](process, t) * to_eps_error
     return weight * mean_over_dims((target - y) ** 2)

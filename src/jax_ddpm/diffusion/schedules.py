@@ -57,10 +57,13 @@ def jsd(num_timesteps: int) -> Betas:
 
 
 def cosine(num_timesteps: int, offset: float = 0.008, max_beta: float = 0.999) -> Betas:
-    """ᾱ along a squared cosine, β capped below 1 (Nichol & Dhariwal 2021, eq. 17)."""
-    steps = np.arange(num_timesteps + 1) / num_timesteps
-    alpha_bar = np.cos((steps + offset) / (1 + offset) * np.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+    """ᾱ along a squared cosine, β capped below 1 (Nichol & Dhariwal 2021, eq. 17).
+
+    β = 1 - cos²b/cos²a is taken as sin(a + b)·sin(b - a)/cos²a, which loses no digits at small β.
+    """
+    angle = (np.arange(num_timesteps + 1) / num_timesteps + offset) / (1 + offset) * np.pi / 2
+    a, b = angle[:-1], angle[1:]
+    return np.minimum(np.sin(a + b) * np.sin(b - a) / np.cos(a) ** 2, max_beta)
 
 
 BETWEEN_ENDPOINTS: dict[str, Callable[[int, float, float], Betas]] = {

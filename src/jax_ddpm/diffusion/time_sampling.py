@@ -5,13 +5,14 @@ loss) → state``; ``weight`` makes the weighted loss an unbiased estimate of it
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class TimeSampler(Protocol):
     """Draws t in {0, …, T-1} for each example of the global batch."""
 

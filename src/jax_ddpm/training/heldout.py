@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_ddpm.data.plan import padded_batches
 from jax_ddpm.data.source import Source
@@ -25,6 +26,7 @@ class HeldOut:
         objective: DiffusionObjective,
         source: Source,
         seed: Any,
+        mesh: Mesh,
         batch_size: int,
         max_examples: int,
     ):
@@ -39,10 +41,12 @@ class HeldOut:
             metrics = {"loss": (loss, jnp.ones_like(loss))} | metrics
             return jax.tree.map(lambda values: jnp.sum(values * mask), metrics)
 
-        self._evaluate = jax.jit(evaluate)
+        whole = NamedSharding(mesh, PartitionSpec())
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        self._evaluate = jax.jit(evaluate, in_shardings=(whole, split, split, split))
         self._batches = [
             (source.batch("heldout", index), index, mask)
-            for index, mask in padded_batches(count, min(batch_size, count))
+            for index, mask in padded_batches(count, batch_size)
         ]
 
     def __call__(self, params: dict[str, Any]) -> dict[str, float]:

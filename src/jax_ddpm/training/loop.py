@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
 
     mesh, seed = data_mesh(), jax.random.key(config.seed)
     params = {"network": model.network.init(stream_key(seed, Stream.PARAMETERS))}
-    heldout = HeldOut(objective, source, seed, batch_size, every.heldout_examples)
+    heldout = HeldOut(objective, source, seed, mesh, batch_size, every.heldout_examples)
     generator = Generator(model, config.sampling.batch_size, mesh)
     step_fn = compile_step(recipe, mesh)
 

@@ -1,7 +1,7 @@
 """What training carries from step to step, and the recipe that says how."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax_ddpm.keys import StepKeys
 Metrics = dict[str, tuple[Array, Array]]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a phase minimises: the mean of the losses over the global batch."""
 

@@ -16,7 +16,7 @@ class AncestralNode(NamedTuple):
     """One step t → s: x_s = coef_x0·x̂_0 + coef_xt·x_t + noise·σ·z.
 
     log σ² = log_variance + fraction·log_variance_span, between log β̃ and log β of this step;
-    ``noise`` is 0 at the clean end and 1 before.
+    ``noise`` is 1, or 0 for a step without noise.
     """
 
     time: Float64[np.ndarray, " steps"]
@@ -37,28 +37,28 @@ def ancestral(
 
     For a chain of T steps pass ``times = [T-1, …, 0]``. With fewer, coefficients are those of the
     re-spaced chain, rebuilt from the ratios of ᾱ. The steps' variances are β̃ ("fixedsmall"), β
-    ("fixedlarge"), the model's own ("learned"), or given, one value per step.
+    ("fixedlarge"), the model's own ("learned"), or given, one value per step. The last step draws
+    no noise, unless its variance is given and positive.
     """
     alpha, sigma, log_snr = process.alpha(times), process.sigma(times), process.log_snr(times)
     alpha_s, sigma_s = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     beta = -(sigma**2) * np.expm1(log_snr - np.append(log_snr[1:], np.inf))
     step = posterior_coefficients(beta, alpha, sigma, alpha_s, sigma_s)
 
-    noisy = np.append(np.ones(len(times) - 1), 0.0)
-    smallest = np.log(step.variance, where=noisy > 0, out=np.zeros_like(beta))
     if isinstance(variance, np.ndarray):
-        smallest = np.log(variance, where=noisy > 0, out=np.zeros_like(beta))
-        fraction = np.zeros_like(beta)
+        noise, variances, fraction = np.sign(variance), variance, 0.0
     else:
-        fraction = np.full_like(beta, 0.0 if variance == "fixedsmall" else 1.0)
+        noise, variances = np.append(np.ones(len(times) - 1), 0.0), step.variance
+        fraction = 0.0 if variance == "fixedsmall" else 1.0
+    smallest = np.log(variances, where=noise > 0, out=np.zeros_like(beta))
     nodes = AncestralNode(
         time=times,
         coef_x0=step.coef_x0,
         coef_xt=step.coef_xt,
         log_variance=smallest,
-        log_variance_span=noisy * (np.log(beta) - smallest),
-        fraction=fraction,
-        noise=noisy,
+        log_variance_span=noise * (np.log(beta) - smallest),
+        fraction=np.full_like(beta, fraction),
+        noise=noise,
     )
     learned = isinstance(variance, str) and variance == "learned"
     return Sampler(nodes, init=lambda x: (), step=partial(_step, learned))

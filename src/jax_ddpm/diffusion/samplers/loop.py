@@ -42,12 +42,17 @@ def sample(
     conditioning: Conditioning,
     num_snapshots: int = 1,
 ) -> tuple[Float[Array, "batch *shape"], Snapshots]:
-    """Runs the sampler from x and returns its end and ``num_snapshots`` ≥ 1 snapshots.
+    """Runs the sampler from x and returns its end and ``num_snapshots`` snapshots.
 
     Nodes are cast to x's dtype. ``keys[i]`` alone decides the noise of example i, whatever the
     batch around it. Snapshots hold x and the predicted x_0 (progressive generation).
+
+    Raises:
+      ValueError: where there are more snapshots than steps, or none.
     """
     num_steps = len(jax.tree.leaves(sampler.nodes)[0])
+    if not 1 <= num_snapshots <= num_steps:
+        raise ValueError(f"{num_snapshots} snapshots of {num_steps} steps: take 1 to {num_steps}")
     nodes = jax.tree.map(lambda column: jnp.asarray(column, x.dtype), sampler.nodes)
     bound = partial(_with_conditioning, denoiser, conditioning)
 

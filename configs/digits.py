@@ -1,4 +1,7 @@
-"""Handwritten digits, unconditional."""
+"""Handwritten digits, unconditional: the smallest run that ends in a picture.
+
+Expected result: 8×8 digits, most of them plainly readable. Cost: a few minutes on two CPU cores.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,24 +9,30 @@ from jax_ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The smallest useful run."""
+    """A small U-Net, the cosine schedule, and times spread evenly over each batch."""
     config = default()
     config.data.source = "digits"
 
     config.model.base_channels = 32
     config.model.channel_multipliers = (1, 2)
+    config.model.num_res_blocks = 1
     config.model.attention_resolutions = (4,)
     config.model.num_groups = 8
     config.model.dropout = 0.0
+
     config.process.name = "cosine"
     config.parameterisation.variance = "fixedsmall"
+    config.loss.time_sampler = "stratified"
 
-    config.training.num_steps = 800
-    config.training.learning_rate = 1e-3
-    config.training.warmup_steps = 50
+    config.training.num_steps = 2400
+    config.training.batch_size = 64
+    config.training.learning_rate = 2e-3
+    config.training.warmup_steps = 100
     config.training.decay = "cosine"
     config.training.ema_decay = 0.99
-    config.training.log_every = 50
-    config.training.heldout_every = 200
-    config.training.sample_every = 800
+    config.training.log_every = 100
+    config.training.heldout_every = 400
+    config.training.sample_every = 1200
+    config.sampling.num_samples = 64
+    config.sampling.batch_size = 64
     return config

@@ -10,27 +10,32 @@ from jax_ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The model of ``configs/digits.py`` with labels."""
+    """The network of ``configs/digits.py`` with labels, trained longer."""
     config = default()
     config.data.source = "digits"
+
+    config.model.class_conditional = True
     config.model.base_channels = 32
     config.model.channel_multipliers = (1, 2)
+    config.model.num_res_blocks = 1
     config.model.attention_resolutions = (4,)
     config.model.num_groups = 8
     config.model.dropout = 0.0
-    config.model.class_conditional = True
-    config.training.label_drop = 0.1
+
     config.process.name = "cosine"
     config.parameterisation.variance = "fixedsmall"
+    config.loss.time_sampler = "stratified"
 
-    config.training.num_steps = 2000
-    config.training.learning_rate = 1e-3
-    config.training.warmup_steps = 50
+    config.training.label_drop = 0.1
+    config.training.num_steps = 5000
+    config.training.batch_size = 64
+    config.training.learning_rate = 2e-3
+    config.training.warmup_steps = 100
     config.training.decay = "cosine"
     config.training.ema_decay = 0.995
-    config.training.log_every = 50
+    config.training.log_every = 100
     config.training.heldout_every = 500
-    config.training.sample_every = 1000
+    config.training.sample_every = 2500
     config.sampling.num_samples = 100
     config.sampling.batch_size = 100
     return config

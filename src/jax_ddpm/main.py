@@ -71,6 +71,25 @@ def run_sample() -> pathlib.Path:
     return out
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; what it does not understand is one line and exit code 1."""
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, equals, path = flag.lstrip("-").partition("=")
+        path = path if equals else following
+        if name == "config" and not pathlib.Path(path).is_file():
+            sys.exit(f"error: --config: no file {path!r}; give the path of a config in configs/")
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        message: object = error
+    except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
+        message = error
+        while isinstance(message, Exception):
+            message = message.args[0]
+        message = f"--config: unknown field {message}"
+    sys.exit(f"error: {' '.join(str(message).split())}; --help lists all flags")
+
+
 def main(argv: list[str]) -> None:
     """Runs one mode; a mistake of the user's is one line and exit code 1."""
     logging.set_verbosity(logging.WARNING)
@@ -84,4 +103,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

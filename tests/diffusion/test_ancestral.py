@@ -18,7 +18,7 @@ from jax_ddpm.diffusion.denoiser import NetworkDenoiser
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.ancestral import AncestralNode, ancestral
-from jax_ddpm.diffusion.samplers.loop import Snapshots, sample
+from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.diffusion.schedules import make_betas
 
 MEAN, VAR = 0.3, 0.25
@@ -203,21 +203,22 @@ class TestNodes:
 
 SHORT = Chain(make_betas("linear", 100))
 DENOISER = GaussianDenoiser(MEAN, VAR, SHORT)
-
-
+SAMPLER = ancestral(SHORT, descending(100), "fixedsmall")
 TRACES = []
 
 
 @partial(jax.jit, static_argnames="num_snapshots")
-def run(nodes, x, keys, denoiser=DENOISER, num_snapshots=3):
+def run_jit(nodes, denoiser, x, keys, num_snapshots):
     TRACES.append(denoiser)
-    sampler = ancestral(SHORT, descending(100), "fixedsmall")
-    return sample(sampler._replace(nodes=nodes), denoiser, x, keys, {}, num_snapshots)
+    return sample(SAMPLER._replace(nodes=nodes), denoiser, x, keys, {}, num_snapshots)
+
+
+def run(x, keys, nodes=SAMPLER.nodes, denoiser=DENOISER, num_snapshots=3):
+    """The end and the snapshots of a run of 100 steps, as NumPy arrays."""
+    return jax.tree.map(np.asarray, run_jit(nodes, denoiser, x, keys, num_snapshots))
 
 
 class TestSampling:
-    NODES = ancestral(SHORT, descending(100), "fixedsmall").nodes
-
     @pytest.fixture
     def x(self, rng):
         return jnp.asarray(rng.standard_normal((2000, 16)), jnp.float32)
@@ -230,45 +231,44 @@ class TestSampling:
     def test_moments_follow_the_recursion(self, x, keys, variance):
         paper = Paper(SHORT.betas)
         nodes = ancestral(SHORT, descending(100), as_given(variance, paper)).nodes
-        samples, _ = run(nodes, x, keys)
+        samples, _ = run(x, keys, nodes)
         mean, var = paper.steps(paper.variance(variance)).moments(0.0, 1.0)[:, -1]
         np.testing.assert_allclose(samples.mean(), mean, atol=4 * np.sqrt(var / x.size))
         np.testing.assert_allclose(samples.var(), var, rtol=4 * np.sqrt(2 / x.size))
 
     def test_noise_depends_on_the_examples_own_key_alone(self, x, keys):
-        whole, _ = run(self.NODES, x, keys)
-        part, _ = run(self.NODES, x[::-2], keys[::-2])
-        np.testing.assert_allclose(part, np.asarray(whole)[::-2], rtol=1e-5, atol=1e-6)
+        (whole, _), (part, _) = run(x, keys), run(x[::-2], keys[::-2])
+        np.testing.assert_allclose(part, whole[::-2], rtol=1e-5, atol=1e-6)
 
     def test_noise_is_fresh_in_every_step(self, x, keys):
         """x_s - slope·x_t is the noise drawn, up to a constant: uncorrelated between steps."""
-        states = np.asarray(run(self.NODES, x, keys, num_snapshots=100)[1].x[:-1, :, 0])
+        _, every = run(x, keys, num_snapshots=100)
+        states = every.x[:-1, :, 0]
         slope = Paper(SHORT.betas).steps(SHORT.betas).slope[1:-1, None]
         drawn = states[1:] - slope * states[:-1]
         assert np.max(np.abs(np.corrcoef(drawn) - np.eye(98))) < 6 / np.sqrt(len(x))
 
     def test_snapshots(self, x, keys):
         """k evenly spaced states, the last the end, with the x̂_0 that each was reached by."""
-        end, three = run(self.NODES, x, keys)
-        _, every = run(self.NODES, x, keys, num_snapshots=100)
+        end, three = run(x, keys)
+        _, every = run(x, keys, num_snapshots=100)
         np.testing.assert_array_equal(three.x[-1], end)
-        every = Snapshots(*map(np.asarray, every))
         for snapshots, all_steps in zip(three, every, strict=True):
             np.testing.assert_allclose(snapshots, all_steps[[33, 66, 99]], rtol=1e-5)
         predict = jax.jit(jax.vmap(lambda x, t: DENOISER(x, t, {}).x0))
-        predicted = predict(every.x, np.append(self.NODES.time[1:], 0).astype(np.float32))
-        np.testing.assert_allclose(every.x0[1:], predicted[:-1], rtol=1e-5, atol=1e-6)
+        predicted = predict(every.x[:-1], SAMPLER.nodes.time[1:].astype(np.float32))
+        np.testing.assert_allclose(every.x0[1:], predicted, rtol=1e-5, atol=1e-6)
 
     def test_more_snapshots_than_steps_is_an_error(self, x, keys):
         """They would be left empty, the last among them."""
         with pytest.raises(ValueError, match="snapshots"):
-            run(self.NODES, x, keys, num_snapshots=101)
+            run(x, keys, num_snapshots=101)
 
     def test_new_parameters_do_not_recompile(self, x, keys):
-        of_first, _ = run(self.NODES, x, keys, GaussianDenoiser(0.0, VAR, SHORT))
+        first, _ = run(x, keys)
         num_traces = len(TRACES)
-        of_second, _ = run(self.NODES, x, keys, GaussianDenoiser(10.0, VAR, SHORT))
-        assert np.all(of_second > of_first)
+        second, _ = run(x, keys, denoiser=GaussianDenoiser(10.0, VAR, SHORT))
+        assert np.all(second > first)
         assert len(TRACES) == num_traces
 
     def test_memory_does_not_grow_with_steps(self):

@@ -37,13 +37,13 @@ class TestGaussianKL:
         integral, _ = quad(
             lambda x: q.pdf(x) * (q.logpdf(x) - p.logpdf(x)), *q.interval(1 - 1e-14), epsabs=1e-13
         )
-        logarithms = (2 * np.log(std_q), 2 * np.log(std_p))
-        kl = gaussian_kl(*(jnp.array(a) for a in (mean_q, logarithms[0], mean_p, logarithms[1])))
+        arguments = (mean_q, 2 * np.log(std_q), mean_p, 2 * np.log(std_p))
+        kl = gaussian_kl(*map(jnp.asarray, arguments))
         np.testing.assert_allclose(kl, integral, atol=1e-10)
 
     def test_of_equals_is_exactly_zero(self, rng):
-        mean, log_variance = jnp.asarray(rng.normal(0, 3, (2, 100)), jnp.float32)
-        assert np.all(gaussian_kl(mean, log_variance, mean, log_variance) == 0)
+        moments = [jnp.asarray(rng.normal(0, 3, 100), jnp.float32) for _ in range(2)]
+        np.testing.assert_array_equal(gaussian_kl(*moments, *moments), 0)
 
     def test_of_nearly_equal_variances_keeps_its_precision(self):
         """½(exp(r) - 1 - r) → r²/4: lost to round-off in float32 if the 1 were subtracted last."""
@@ -107,12 +107,10 @@ class TestDiscreteDecoder:
                 lower, upper = -upper, -lower
             return float(mp.log(mp.ncdf(upper) - mp.ncdf(lower)))
 
-        some = [
-            array[..., ::17] for array in decode(256, "float64")
-        ]  # the first and last among them
-        x0, mean, log_variance, log_p, *_ = some
-        expected = np.vectorize(log_probability)(x0, mean, log_variance)
-        np.testing.assert_allclose(log_p, expected, rtol=1e-11, atol=1e-14)
+        # Every 17th level, the first and the last among them.
+        some = Decoded(*(array[..., ::17] for array in decode(256, "float64")))
+        expected = np.vectorize(log_probability)(some.x0, some.mean, some.log_variance)
+        np.testing.assert_allclose(some.log_p, expected, rtol=1e-11, atol=1e-14)
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_values_and_gradients_are_finite(self, dtype):
@@ -144,7 +142,7 @@ class TestPriorTerm:
     def test_papers_figure(self, rng):
         """L_T of linear T = 1000 is 7-10e-6 bits/dim where E[x_0²] is about a quarter."""
         x0 = jnp.asarray(rng.choice([-0.5, 0.5], (2, 100)), jnp.float32)
-        bits = prior_term(Chain(make_betas("linear", 1000)), x0) / np.log(2)
+        bits = np.asarray(prior_term(Chain(make_betas("linear", 1000)), x0)) / np.log(2)
         assert np.all((bits > 7e-6) & (bits < 10e-6))
 
 
@@ -185,41 +183,49 @@ class TestBoundTerm:
         assert large[0] == small[0]
 
 
+STD = 0.25
+SHORT = Chain(make_betas("linear", 100))
+DENOISER = GaussianDenoiser(0.0, STD**2, SHORT)
+SMALLEST, LARGEST = np.zeros(100), np.ones(100)
+
+
+@jax.jit
+def bound_jit(x0, keys, denoiser, fraction):
+    def with_variance(xt, t, conditioning):
+        of_t = jnp.broadcast_to(fraction[t.astype(int)][:, None], xt.shape)
+        return denoiser(xt, t, conditioning)._replace(variance_fraction=of_t)
+
+    return variational_bound(SHORT, with_variance, x0, keys, {}, "learned", num_levels=256)
+
+
+def bound(x0, keys, denoiser=DENOISER, fraction=SMALLEST):
+    """The bound with log-variances a fraction ``[T]`` of the way from log β̃ to log β."""
+    return bound_jit(x0, keys, denoiser, fraction)
+
+
 class TestVariationalBound:
     """On data from N(0, s²) rounded to 256 levels, whose every probability is known."""
 
-    STD = 0.25
-    CHAIN = Chain(make_betas("linear", 100))
-    DENOISER = GaussianDenoiser(0.0, STD**2, CHAIN)
-
     @pytest.fixture
     def x0(self, rng):
-        levels = np.linspace(-1, 1, 256)
-        nearest = np.abs(rng.normal(0, self.STD, (128, 64, 1)) - levels).argmin(-1)
-        return jnp.asarray(levels[nearest], jnp.float32)
+        levels = np.linspace(-1, 1, 256, dtype=np.float32)
+        return levels[np.abs(rng.normal(0, STD, (128, 64, 1)) - levels).argmin(-1)]
 
     @pytest.fixture
     def keys(self, x0):
         return jax.random.split(jax.random.key(0), len(x0))
 
-    @staticmethod
-    @jax.jit
-    def bound(denoiser, x0, keys):
-        """The bound of "fixedsmall"."""
-        chain = TestVariationalBound.CHAIN
-        return variational_bound(chain, denoiser, x0, keys, {}, "fixedsmall", num_levels=256)
-
     def excess(self, bound, x0):
         """Mean and standard error of the bound's excess over -log p(x_0), in nats/dim."""
         edges = np.concatenate([[-np.inf], np.linspace(-1, 1, 256)[1:] - 1 / 255, [np.inf]])
-        log_p = np.log(np.diff(norm.cdf(edges / self.STD)))
-        index = np.rint((np.asarray(x0) + 1) * 127.5).astype(int)
-        excess = np.asarray(bound.total) + log_p[index].mean(axis=1)
+        log_p = np.log(np.diff(norm.cdf(edges / STD)))
+        excess = np.asarray(bound.total) + log_p[np.rint((x0 + 1) * 127.5).astype(int)].mean(axis=1)
         return excess.mean(), excess.std() / np.sqrt(len(excess))
 
-    def test_bounds_the_entropy(self, x0, keys):
-        """Strictly: β̃ is not the variance of this data's reverse chain."""
-        mean, error = self.excess(self.bound(self.DENOISER, x0, keys), x0)
+    @pytest.mark.parametrize("fraction", [SMALLEST, LARGEST], ids=["smallest", "largest"])
+    def test_bounds_the_entropy(self, x0, keys, fraction):
+        """Strictly: neither β̃ nor β is the variance of this data's reverse chain."""
+        mean, error = self.excess(bound(x0, keys, fraction=fraction), x0)
         assert mean > 4 * error
 
     def test_is_tight_with_the_optimal_variance(self, x0, keys):
@@ -227,51 +233,42 @@ class TestVariationalBound:
 
         What is left is that x_0 is rounded: 4e-5 nats by quadrature.
         """
-        chain, var = self.CHAIN, self.STD**2
-        unknown = var * chain.one_minus_alpha_bar / (chain.alpha_bar * (var - 1) + 1)
-        optimal = chain.posterior.variance + chain.posterior.coef_x0**2 * unknown
-        smallest = chain.posterior_log_variance
-        fraction = (np.log(optimal) - smallest) / (np.log(chain.betas) - smallest)
-
-        def denoiser(xt, t, conditioning):
-            of_t = jnp.broadcast_to(chain.gather(fraction, t)[:, None], xt.shape)
-            return self.DENOISER(xt, t, conditioning)._replace(variance_fraction=of_t)
-
-        bound = variational_bound(chain, denoiser, x0, keys, {}, "learned", num_levels=256)
-        mean, error = self.excess(bound, x0)
-        assert error < 0.02, "sharp enough to tell: the excess of fixedsmall is 1"
+        unknown = STD**2 * SHORT.one_minus_alpha_bar / (SHORT.alpha_bar * (STD**2 - 1) + 1)
+        optimal = SHORT.posterior.variance + SHORT.posterior.coef_x0**2 * unknown
+        smallest = SHORT.posterior_log_variance
+        fraction = (np.log(optimal) - smallest) / (np.log(SHORT.betas) - smallest)
+        mean, error = self.excess(bound(x0, keys, fraction=fraction), x0)
+        assert error < 0.02, "sharp enough to tell: β̃ exceeds by 1 nat, β by a tenth"
         assert abs(mean) < 4 * error + 1e-4
 
     def test_terms_follow_their_expectation(self, x0, keys):
         """A linear x̂_0 = g·x_t errs by (1-g·√ᾱ)²·x_0² + g²·(1-ᾱ), and the KL is c_0²/(2β̃) of it."""
-        chain, var = self.CHAIN, self.STD**2
-        bound = self.bound(self.DENOISER, x0, keys)
-        alpha_bar = np.cumprod(1 - chain.betas)
+        terms = bound(x0, keys)
+        alpha_bar = np.cumprod(1 - SHORT.betas)
         noise = 1 - alpha_bar
-        gain = np.sqrt(alpha_bar) * var / (alpha_bar * var + noise)
+        gain = np.sqrt(alpha_bar) * STD**2 / (alpha_bar * STD**2 + noise)
         mse = (1 - gain * np.sqrt(alpha_bar)) ** 2 * np.mean(x0**2) + gain**2 * noise
         five_errors = 5 * np.sqrt(2 / x0.size)  # of a mean of squares, relative
-        np.testing.assert_allclose(bound.x0_mse.mean(0), mse, rtol=five_errors)
-        kl = (chain.posterior.coef_x0**2 * mse)[1:] / (2 * chain.posterior.variance[1:])
-        np.testing.assert_allclose(bound.steps.mean(0)[1:], kl, rtol=five_errors)
+        np.testing.assert_allclose(terms.x0_mse.mean(0), mse, rtol=five_errors)
+        kl = (SHORT.posterior.coef_x0**2 * mse)[1:] / (2 * SHORT.posterior.variance[1:])
+        np.testing.assert_allclose(terms.steps.mean(0)[1:], kl, rtol=five_errors)
 
     def test_total_is_steps_and_prior(self, x0, keys):
-        bound = self.bound(self.DENOISER, x0, keys)
-        assert bound.steps.shape == bound.x0_mse.shape == (len(x0), self.CHAIN.num_timesteps)
-        np.testing.assert_allclose(bound.prior, prior_term(self.CHAIN, x0), rtol=1e-6)
-        np.testing.assert_allclose(bound.total, bound.steps.sum(1) + bound.prior, rtol=1e-6)
+        terms = bound(x0, keys)
+        assert terms.steps.shape == terms.x0_mse.shape == (128, 100)
+        np.testing.assert_allclose(terms.prior, prior_term(SHORT, jnp.asarray(x0)), rtol=1e-6)
+        expected = np.sum(terms.steps, axis=1) + terms.prior
+        np.testing.assert_allclose(terms.total, expected, rtol=1e-6)
 
     def test_x0_mse_of_a_constant_prediction(self, x0, keys):
         """Data without variance are known to be their mean, whatever x_t."""
-        bound = self.bound(GaussianDenoiser(0.5, 0.0, self.CHAIN), x0, keys)
+        terms = bound(x0, keys, GaussianDenoiser(0.5, 0.0, SHORT))
         expected = np.mean((0.5 - x0) ** 2, axis=1, keepdims=True)
-        np.testing.assert_allclose(bound.x0_mse, np.tile(expected, 100), rtol=1e-6)
+        np.testing.assert_allclose(terms.x0_mse, np.tile(expected, 100), rtol=1e-5)
 
     def test_noise_depends_on_the_examples_own_key_alone(self, x0, keys):
         """In reverse order and in other company, an example's terms are the same."""
-        bound = self.bound(self.DENOISER, x0, keys)
-        company, strangers = x0.at[:64].set(0), keys.at[:64].set(jax.random.key(1))
-        other = self.bound(self.DENOISER, company[::-1], strangers[::-1])
-        for name in ("steps", "x0_mse"):
-            expected, actual = getattr(bound, name)[64:], getattr(other, name)[::-1][64:]
-            np.testing.assert_allclose(actual, expected, rtol=1e-6)
+        other_x0 = np.where(np.arange(128)[:, None] < 64, 0, x0)
+        both = zip(bound(x0, keys), bound(other_x0[::-1], keys[::-1]), strict=True)
+        for terms, other in (map(np.asarray, pair) for pair in both):
+            np.testing.assert_allclose(other[::-1][64:], terms[64:], rtol=1e-6)

@@ -95,7 +95,7 @@ def test_score_of_gaussian_data_is_its_exact_denoiser(chain, points):
 
 class TestLearnedVariance:
     def predict(self, chain, points, variance, raw):
-        """The hub pair and variance of a network whose second half of channels is ``raw``."""
+        """The log-variance of a network whose second half of channels is ``raw``."""
         parameterisation = Parameterisation(chain, variance=variance)
         output = jnp.concatenate([points.eps, jnp.broadcast_to(raw, points.eps.shape)], axis=-1)
         prediction = parameterisation.to_prediction(output, points.xt, points.t)

@@ -33,7 +33,7 @@ def histogram(t):
     return np.bincount(t.astype(int), minlength=T)
 
 
-@pytest.mark.parametrize("sampler", [Uniform(T), Stratified(T), ADAPTIVE])
+@pytest.mark.parametrize("sampler", [Uniform(T), Stratified(T), ADAPTIVE], ids=repr)
 class TestEverySampler:
     """Before any loss is known."""
 

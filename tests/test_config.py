@@ -1,0 +1,186 @@
+"""Every config holds together, and every mistake is one line that names the field."""
+
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+import tiny
+
+from jax_ddpm import factory
+from jax_ddpm.config import default, validate, validate_for_data
+from jax_ddpm.errors import UserError
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(path):
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def named(name):
+    (path,) = [path for path in CONFIGS if path.stem == name]
+    return load(path)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4, 8])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_are_valid(path, num_devices):
+    """Eight devices are a TPU v3-8 or one box of GPUs."""
+    validate(load(path), num_devices)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_set_only_fields_that_exist(path):
+    config = load(path)
+    assert config.to_dict().keys() == default().to_dict().keys()
+    for section, fields in default().to_dict().items():
+        if isinstance(fields, dict):
+            assert config[section].to_dict().keys() == fields.keys()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_conditional"])
+def test_digits_configs_fit_their_data(name):
+    config = named(name)
+    model = factory.Model(config, factory.make_source(config).spec)
+    assert model.num_classes == (10 if name == "digits_conditional" else 0)
+    assert model.chain.num_timesteps == 1000
+
+
+def test_cifar10_is_the_papers_recipe():
+    """Ho et al. 2020, appendix B, and their code."""
+    config = named("cifar10")
+    validate_for_data(config, (32, 32, 3), num_classes=10)
+    model, process, training = config.model, config.process, config.training
+    assert (model.base_channels, model.channel_multipliers) == (128, (1, 2, 2, 2))
+    assert (model.num_res_blocks, model.attention_resolutions) == (2, (16,))
+    assert (model.num_groups, model.dropout, model.class_conditional) == (32, 0.1, False)
+    assert (process.name, process.num_timesteps) == ("linear", 1000)
+    assert (process.beta_start, process.beta_end) == (1e-4, 0.02)
+    assert config.parameterisation.to_dict() == {"target": "eps", "variance": "fixedlarge"}
+    assert (config.loss.kind, config.loss.weighting) == ("error", "simple")
+    assert config.loss.time_sampler == "uniform"
+    assert (training.learning_rate, training.warmup_steps, training.decay) == (
+        2e-4, 5000, "constant",
+    )  # fmt: skip
+    assert (training.adam_b1, training.adam_b2, training.adam_eps) == (0.9, 0.999, 1e-8)
+    assert (training.grad_clip, training.ema_decay) == (1, 0.9999)
+    assert (training.batch_size, training.num_steps) == (128, 800_000)
+    assert config.data.flip
+    assert config.sampling.clip
+
+    network = factory.Model(config, tiny.spec((32, 32, 3), num_levels=256)).network
+    params = network.init(jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 35_746_307
+
+
+def the_error(check, *args, **fields):
+    with pytest.raises(UserError) as caught:
+        check(tiny.config(**fields), *args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+BAD = [
+    ("seed", -1),
+    ("seed", 2**32),
+    ("data.source", "mnist"),
+    ("model.dtype", "float16"),
+    ("model.base_channels", 0),
+    ("model.channel_multipliers", ()),
+    ("model.channel_multipliers", (1, 0)),
+    ("model.num_res_blocks", 0),
+    ("model.num_groups", 3),
+    ("model.num_groups", 16),
+    ("model.dropout", 1.0),
+    ("model.dropout", -0.1),
+    ("process.name", "linaer"),
+    ("process.num_timesteps", 1),
+    ("parameterisation.target", "epsilon"),
+    ("parameterisation.variance", "large"),
+    ("loss.kind", "mse"),
+    ("loss.weighting", "snr2"),
+    ("loss.bound_weight", -1.0),
+    ("loss.time_sampler", "normal"),
+    ("training.num_steps", 0),
+    ("training.batch_size", 6),  # over four devices
+    ("training.accumulate", 0),
+    ("training.learning_rate", 0.0),
+    ("training.learning_rate", float("nan")),
+    ("training.warmup_steps", -1),
+    ("training.decay", "linear"),
+    ("training.adam_b1", 1.0),
+    ("training.adam_b2", 1.0),
+    ("training.adam_eps", -1e-8),
+    ("training.grad_clip", 0.0),
+    ("training.ema_decay", 1.0),
+    ("training.label_drop", 1.1),
+    ("training.log_every", 0),
+    ("training.heldout_every", 0),
+    ("training.heldout_examples", 0),
+    ("training.sample_every", -5),
+    ("sampling.num_samples", 0),
+    ("sampling.batch_size", 6),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD, ids=str)
+def test_bad_value_is_one_line_naming_the_field(field, value):
+    message = the_error(validate, 4, **{field.replace(".", "__"): value})
+    assert f"config.{field} is {value}" in message.replace("'", "")
+
+
+NOT_TOGETHER = {
+    "no_signal_but_eps": ({"process.name": "jsd", "parameterisation.target": "eps"}, "target"),
+    "hybrid_of_fixed": ({"loss.kind": "hybrid"}, "loss.kind"),
+    "error_of_learned": ({"parameterisation.variance": "learned_range"}, "loss.kind"),
+    "too_narrow_to_embed_times": (
+        {"model.base_channels": 2, "model.num_groups": 2},
+        "base_channels",
+    ),
+    "accumulate_does_not_divide": ({"training.accumulate": 3}, "training.accumulate"),
+    "beta_over_1": ({"process.name": "linear", "process.num_timesteps": 10}, "config.process"),
+    "negative_beta": ({"process.name": "linear", "process.beta_start": -1e-4}, "config.process"),
+}
+
+
+@pytest.mark.parametrize(("fields", "named"), NOT_TOGETHER.values(), ids=NOT_TOGETHER)
+def test_fields_that_contradict_each_other_are_one_line(fields, named):
+    fields = {"process.num_timesteps": 1000} | fields
+    assert named in the_error(validate, 1, **{k.replace(".", "__"): v for k, v in fields.items()})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shape"),
+    [
+        ("model.channel_multipliers", (1, 2, 2), (10, 8, 1)),
+        ("model.channel_multipliers", (1, 2, 2), (8, 10, 1)),
+        ("model.attention_resolutions", (16,), (8, 8, 1)),
+        ("model.attention_resolutions", (4, 2), (8, 8, 1)),
+        ("model.class_conditional", True, (8, 8, 1)),
+    ],
+    ids=str,
+)
+def test_what_the_data_does_not_allow_is_one_line_naming_the_field(field, value, shape):
+    fields = {"model__attention_resolutions": (), field.replace(".", "__"): value}
+    message = the_error(validate_for_data, shape, 0, **fields)
+    assert f"config.{field}" in message
+
+
+@pytest.mark.parametrize("target", ["x0", "v"])
+@pytest.mark.parametrize("variance", ["fixedsmall", "learned_range"])
+def test_valid_combinations_pass(target, variance):
+    kind = "hybrid" if variance == "learned_range" else "error"
+    validate(
+        tiny.config(
+            process__name="jsd",
+            parameterisation__target=target,
+            parameterisation__variance=variance,
+            loss__kind=kind,
+        ),
+        num_devices=4,
+    )

@@ -1,0 +1,61 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_ddpm.images import from_levels, grid, save_grid, to_uint8
+
+
+@pytest.mark.parametrize("num_levels", [2, 17, 256])
+def test_levels_span_minus_1_to_1_evenly(num_levels):
+    levels = from_levels(jnp.arange(num_levels, dtype=jnp.uint8), num_levels)
+    np.testing.assert_allclose(levels, np.linspace(-1, 1, num_levels), atol=1e-6)
+
+
+def test_all_256_levels_come_back():
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(
+        to_uint8(np.asarray(from_levels(jnp.asarray(levels), 256))), levels
+    )
+
+
+def test_rounds_to_the_nearest_and_clips():
+    """Truncation would darken every image by half a level."""
+    exact = np.array([-1.2, 0.0, 10.4, 10.6, 254.7, 255.0, 300.0, -1e9, 1e9])
+    expected = [0, 0, 10, 11, 255, 255, 255, 0, 255]
+    np.testing.assert_array_equal(to_uint8(exact / 127.5 - 1), expected)
+
+
+class TestGrid:
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize(("count", "columns"), [(1, 1), (6, 3), (7, 3), (2, 5)])
+    def test_shows_each_image_between_white_gaps(self, channels, count, columns):
+        images = np.random.default_rng(0).integers(0, 200, (count, 4, 6, channels), dtype=np.uint8)
+        picture, gap, rows = grid(images, columns, min_size=1), 2, -(-count // columns)
+        assert picture.shape == (gap + rows * (4 + gap), gap + columns * (6 + gap), channels)
+        for i, image in enumerate(images):
+            top, left = gap + i // columns * (4 + gap), gap + i % columns * (6 + gap)
+            cell = picture[top : top + 4, left : left + 6]
+            np.testing.assert_array_equal(cell, image)
+            cell[:] = 255
+        assert np.all(picture == 255), "gaps and missing images are white"
+
+    @pytest.mark.parametrize(("size", "factor"), [(8, 8), (28, 2), (33, 1), (64, 1), (100, 1)])
+    def test_enlarges_small_images_by_the_largest_whole_factor(self, size, factor):
+        image = np.random.default_rng(0).integers(0, 255, (1, size, size, 1), dtype=np.uint8)
+        picture = grid(image, 1, min_size=64)
+        gap = (len(picture) - factor * size) // 2
+        assert gap >= 2
+        shown = picture[gap:-gap, gap:-gap]
+        np.testing.assert_array_equal(shown, np.kron(image[0], np.ones((factor, factor, 1))))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_png_round_trip(tmp_path, channels, mode):
+    images = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, channels)).astype("f")
+    path = tmp_path / "new" / "folder" / "grid.png"
+    save_grid(path, images, columns=3)
+    with Image.open(path) as picture:
+        assert (picture.format, picture.mode) == ("PNG", mode)
+        pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
+    np.testing.assert_array_equal(pixels, grid(to_uint8(images), 3))

@@ -1,0 +1,225 @@
+"""The command line as users run it: in processes of its own."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = [
+    "--config.model.base_channels=8",
+    "--config.model.channel_multipliers=(1,)",
+    "--config.model.attention_resolutions=()",
+    "--config.model.num_res_blocks=1",
+    "--config.model.num_groups=4",
+    "--config.process.num_timesteps=8",
+    "--config.training.num_steps=4",
+    "--config.training.batch_size=8",
+    "--config.training.log_every=2",
+    "--config.training.heldout_every=2",
+    "--config.training.heldout_examples=20",
+    "--config.training.sample_every=2",
+    "--config.sampling.num_samples=20",
+    "--config.sampling.batch_size=12",
+]
+
+
+def python(*arguments, cwd=ROOT):
+    # What is compiled here needs no optimisation.
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def main(*flags, cwd=ROOT):
+    return python("-m", "jax_ddpm.main", *flags, cwd=cwd)
+
+
+def succeeds(*flags, **options):
+    """The path that a successful command prints."""
+    result = main(*flags, **options)
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    return pathlib.Path(line)
+
+
+def fails(*flags):
+    """The one line that a failing command says."""
+    result = main(*flags)
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def grid_shape(rows, columns, size=64, gap=4):
+    return (rows * (size + gap) + gap, columns * (size + gap) + gap)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("main")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Both configs trained for four steps: config name → workdir."""
+
+    def train(name):
+        flags = [f"--config={ROOT / 'configs' / name}.py", *TINY]
+        if name == "digits_conditional":
+            flags.append(f"--workdir={folder / 'conditional'}")
+        return folder / succeeds(*flags, cwd=folder)
+
+    with ThreadPoolExecutor() as pool:
+        digits, conditional = pool.map(train, ["digits", "digits_conditional"])
+    return {"digits": digits, "digits_conditional": conditional}
+
+
+@pytest.fixture(scope="module")
+def digits(runs):
+    """The workdir that a run gets by default."""
+    last_picture = runs["digits"]
+    workdir = last_picture.parent.parent
+    assert workdir.parts[-2:] == ("runs", "digits")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def conditional(runs, folder):
+    return folder / "conditional"
+
+
+class TestTrain:
+    def test_leaves_samples_and_records(self, runs, digits):
+        assert runs["digits"] == digits / "samples" / "step_0000004.png"
+        assert picture(runs["digits"]).shape == grid_shape(rows=4, columns=5)
+        assert len([*(digits / "samples").iterdir()]) == 2
+        assert (digits / "checkpoint").is_dir()
+        assert [*(digits / "tensorboard").iterdir()]
+
+    def test_logs_what_a_researcher_watches(self, digits):
+        lines = [json.loads(line) for line in (digits / "metrics.jsonl").open()]
+        names = set().union(*lines)
+        assert names >= {
+            "step",
+            "loss",
+            "gradient_norm",
+            "parameter_norm",
+            "learning_rate",
+            "images_per_second",
+            "heldout_loss",
+        }
+        assert names & {f"loss_quarter{i}" for i in (1, 2, 3, 4)}
+        assert names & {f"heldout_loss_quarter{i}" for i in (1, 2, 3, 4)}
+        assert all(math.isfinite(value) for line in lines for value in line.values())
+        assert [line["step"] for line in lines if "heldout_loss" in line] == [2, 4]
+
+    def test_conditional_grids_have_a_column_for_each_class(self, runs):
+        assert picture(runs["digits_conditional"]).shape == grid_shape(rows=2, columns=10)
+
+
+class TestSample:
+    def test_by_default_into_the_workdir(self, digits):
+        path = succeeds("--mode=sample", f"--workdir={digits}", "--num_samples=9")
+        assert path == digits / "samples.png"
+        assert picture(path).shape == grid_shape(rows=3, columns=3)
+
+    def test_shows_the_making_of_each_image(self, digits, folder):
+        """A row of x_t and a row of the predicted x_0, which end alike."""
+        out = folder / "making.png"
+        flags = ["--num_samples=2", "--progressive=4", f"--out={out}"]
+        succeeds("--mode=sample", f"--workdir={digits}", *flags)
+        pixels = picture(out)
+        assert pixels.shape == grid_shape(rows=4, columns=4)
+        last_column = pixels[:, -68:]
+        np.testing.assert_array_equal(last_column[:68], last_column[68:136])
+
+    def test_same_seed_same_file(self, runs, conditional, folder):
+        """The last picture of training comes back byte for byte, whatever the command."""
+        out = folder / "new" / "again.png"
+        flags = ["--num_samples=20", "--seed=0", f"--out={out}"]
+        assert succeeds("--mode=sample", f"--workdir={conditional}", *flags) == out
+        assert out.read_bytes() == runs["digits_conditional"].read_bytes()
+
+    def test_of_one_class(self, runs, conditional, folder):
+        """Sample 3 of a mixed grid is of class 3, so there the two agree."""
+        out = folder / "class.png"
+        flags = ["--num_samples=4", "--class=3", f"--out={out}"]
+        succeeds("--mode=sample", f"--workdir={conditional}", *flags)
+        threes, mixed = picture(out), picture(runs["digits_conditional"])
+        assert threes.shape == grid_shape(rows=2, columns=2)
+        fourth = mixed[4:68, 4 + 3 * 68 :][:, :64]
+        np.testing.assert_allclose(threes[-68:-4, -68:-4].astype(int), fourth, atol=1)
+
+
+DIGITS = "--config=configs/digits.py"
+WRONG = {
+    "leftover_argument": ([DIGITS, "training.num_steps=5"], "training.num_steps=5"),
+    "unknown_flag": ([DIGITS, "--nun_samples=3"], "nun_samples"),
+    "unknown_field": ([DIGITS, "--config.model.base_chanels=8"], "base_chanels"),
+    "unknown_section": ([DIGITS, "--config.modle.base_channels=8"], "modle"),
+    "mistyped_value": ([DIGITS, "--config.seed=zero"], "seed"),
+    "float_for_an_integer": ([DIGITS, "--config.training.num_steps=1e3"], "num_steps"),
+    "bad_value": ([DIGITS, "--config.training.batch_size=0"], "config.training.batch_size"),
+    "bad_for_the_data": ([DIGITS, "--config.model.channel_multipliers=(1,1,1,1,1)"], "multipliers"),
+    "unknown_mode": ([DIGITS, "--mode=evaluate"], "mode"),
+    "no_config": ([], "--config"),
+    "no_config_file": (["--config=configs/nothing.py"], "configs/nothing.py"),
+    "no_data_file": (["--config=configs/cifar10.py", "--config.data.path=no.npz"], "no.npz"),
+    "no_workdir": (["--mode=sample"], "--workdir"),
+    "empty_workdir": (["--mode=sample", "--workdir=configs"], "configs"),
+    "no_samples": (["--mode=sample", "--workdir=configs", "--num_samples=0"], "num_samples"),
+}
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Two at a time, for it is starting Python that takes time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(WRONG, pool.map(lambda case: main(*case[0]), WRONG.values()), strict=True))
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_mistakes_are_one_line(answers, mistake):
+    answer = answers[mistake]
+    assert answer.returncode != 0
+    assert answer.stdout == ""
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert WRONG[mistake][1] in line
+
+
+class TestMistakesWithAFinishedRun:
+    def test_training_again(self, digits):
+        assert str(digits) in fails(DIGITS, *TINY, f"--workdir={digits}")
+
+    def test_unknown_class(self, conditional):
+        assert "0 to 9" in fails("--mode=sample", f"--workdir={conditional}", "--class=10")
+
+    def test_class_of_an_unconditional_model(self, digits):
+        assert "--class" in fails("--mode=sample", f"--workdir={digits}", "--class=1")
+
+    def test_more_moments_than_steps(self, digits):
+        assert "8 steps" in fails("--mode=sample", f"--workdir={digits}", "--progressive=9")
+
+
+def test_importing_the_package_is_light():
+    program = "import sys, jax_ddpm; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = set(python("-c", program).stdout.split())
+    assert "jax_ddpm" in loaded
+    assert not loaded & {"jax", "flax", "optax", "orbax", "tensorflow", "sklearn", "numpy", "PIL"}

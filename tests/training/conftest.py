@@ -1,0 +1,48 @@
+"""The recipe of DDPM training around a "network" of a few parameters."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jax_ddpm.data.source import Spec
+from jax_ddpm.factory import Model
+from jax_ddpm.training.objective import DiffusionObjective
+from jax_ddpm.training.recipe import make_objective
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _quick_compilation():
+    with tiny.quick_compilation():
+        yield
+
+
+class Setting(NamedTuple):
+    config: ConfigDict
+    spec: Spec
+    model: Model
+    objective: DiffusionObjective
+
+
+@pytest.fixture(scope="session")
+def make_setting():
+    """``make_setting(section__field=value, …)``: all that is random in training is switched on."""
+
+    def make(spec=None, **fields) -> Setting:
+        spec = spec or tiny.spec()
+        fields = {"model__class_conditional": True, "data__flip": True} | fields
+        config = tiny.config(**fields)
+        model = tiny.model(config, spec)
+        return Setting(config, spec, model, make_objective(config, model))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mesh_of():
+    """A mesh of the first n devices."""
+    return lambda n: Mesh(np.array(jax.devices()[:n]), ("data",))

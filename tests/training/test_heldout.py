@@ -1,0 +1,65 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jax_ddpm.data.source import ArraySource
+from jax_ddpm.training.heldout import HeldOut
+from jax_ddpm.training.objective import DiffusionObjective
+
+COUNT = 10
+SEED = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def source():
+    data = tiny.batch(tiny.spec(), COUNT)
+    return ArraySource({"train": data, "heldout": data}, num_levels=17, identity="tiny")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MeanLevel(DiffusionObjective):
+    """A loss that is known: the mean level of each image."""
+
+    def __call__(self, params, extra, batch, keys, step):
+        return batch["image"].mean(axis=(1, 2, 3)), {}, extra
+
+
+@pytest.mark.parametrize("max_examples", [COUNT, 7, 100])
+@pytest.mark.parametrize(("batch_size", "num_devices"), [(1, 1), (3, 1), (64, 1), (4, 4)])
+def test_every_example_counts_once(
+    make_setting, mesh_of, source, batch_size, num_devices, max_examples
+):
+    objective = MeanLevel(**vars(make_setting().objective))
+    heldout = HeldOut(objective, source, SEED, mesh_of(num_devices), batch_size, max_examples)
+    images = source.batch("heldout", np.arange(min(COUNT, max_examples)))["image"]
+    np.testing.assert_allclose(heldout({})["heldout_loss"], images.mean(), rtol=1e-5)
+
+
+@pytest.fixture
+def measure(make_setting, mesh_of, source):
+    def measure(batch_size=16, num_devices=1, max_examples=COUNT, calls=1, **fields):
+        setting, mesh = make_setting(**fields), mesh_of(num_devices)
+        params = {"network": setting.model.network.init(jax.random.key(0))}
+        heldout = HeldOut(setting.objective, source, SEED, mesh, batch_size, max_examples)
+        return [heldout(params) for _ in range(calls)]
+
+    return measure
+
+
+def test_value_depends_on_parameters_alone(measure):
+    """Not on the call, the batch size, devices, nor the randomness that belongs to training."""
+    first, second = measure(calls=2)
+    assert first == second
+    assert first.keys() == {"heldout_loss"} | {f"heldout_loss_quarter{i}" for i in (1, 2, 3, 4)}
+    (split,) = measure(batch_size=4, num_devices=4, data__flip=False, training__label_drop=0.9)
+    np.testing.assert_allclose([*split.values()], [*first.values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("few", [{"max_examples": 2}, {"process__num_timesteps": 2}], ids=str)
+def test_a_quarter_without_examples_is_left_out(measure, few):
+    (values,) = measure(**few)
+    assert np.all(np.isfinite([*values.values()]))
+    assert 1 < len(values) < 5

@@ -1,0 +1,212 @@
+"""The DDPM objective against its parts put together by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jax_ddpm.diffusion.likelihood import variational_bound
+from jax_ddpm.diffusion.time_sampling import Uniform
+from jax_ddpm.keys import StepKeys, Stream
+
+SIZE = 6
+
+
+@pytest.fixture
+def keys():
+    return StepKeys(jax.random.key(3), jnp.array(5), jnp.arange(SIZE), SIZE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(Uniform):
+    """Times as given: a stub."""
+
+    times: tuple[int, ...] = ()
+
+    def draw(self, state, shared_key, keys, position):
+        return jnp.array(self.times, jnp.float32), jnp.ones_like(position)
+
+
+def output_is_parameter(params, x, time, conditioning, dropout_keys=None):
+    """A "network" whose output is its parameter, whatever it is fed."""
+    return params
+
+
+def on_device(batch):
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def scaled(batch, num_levels):
+    return np.asarray(batch["image"], "f") / (num_levels - 1) * 2 - 1
+
+
+def test_error_is_that_of_algorithm_1(make_setting, keys):
+    """‖ε - network(√ᾱ·x_0 + √(1-ᾱ)·ε, 1000·t/T)‖², each ε and t from its own stream and index."""
+    setting = make_setting(data__flip=False, model__class_conditional=False)
+    params, batch = setting.model.network.init(jax.random.key(0)), tiny.batch(setting.spec, SIZE)
+    measured = dataclasses.replace(setting.objective, augment=False)
+    loss, _, _ = jax.jit(measured)({"network": params}, (), batch, keys, keys.step)
+
+    num_timesteps = setting.config.process.num_timesteps
+    steps = np.arange(num_timesteps + 1) / num_timesteps
+    alpha_bar = np.cos((steps + 0.008) / 1.008 * np.pi / 2) ** 2  # Nichol & Dhariwal, eq. 17
+    alpha_bar = np.cumprod(np.maximum(alpha_bar[1:] / alpha_bar[:-1], 0.001))
+    for i, x0 in enumerate(scaled(batch, setting.spec.num_levels)):
+        time_key, noise_key = (
+            jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(keys.seed, s), 5), i)
+            for s in (Stream.TIME, Stream.NOISE)
+        )
+        t = int(jax.random.randint(time_key, (), 0, num_timesteps))
+        eps = np.asarray(jax.random.normal(noise_key, x0.shape))
+        xt = np.sqrt(alpha_bar[t]) * x0 + np.sqrt(1 - alpha_bar[t]) * eps
+        output = params["gain"] * np.cos(1000 / num_timesteps * t) * xt + params["bias"][0]
+        np.testing.assert_allclose(loss[i], np.mean((eps - output) ** 2), rtol=1e-4)
+
+
+def test_quarters_of_t_share_out_the_loss(make_setting, keys):
+    sampler = Given(8, times=(0, 1, 2, 5, 7, 6))
+    setting = make_setting(data__flip=False, model__class_conditional=False)
+    objective = dataclasses.replace(setting.objective, time_sampler=sampler)
+    params = {"network": setting.model.network.init(jax.random.key(0))}
+    loss, metrics, _ = objective(
+        params, (), on_device(tiny.batch(setting.spec, SIZE)), keys, keys.step
+    )
+    sums = [(values.sum(), weights.sum()) for values, weights in metrics.values()]
+    assert list(metrics) == [f"loss_quarter{i}" for i in (1, 2, 3, 4)]
+    expected = [(loss[:2].sum(), 2), (loss[2], 1), (loss[3], 1), (loss[4:].sum(), 2)]
+    np.testing.assert_allclose(sums, expected, rtol=1e-6)
+
+
+class TestHybrid:
+    """The error trains the mean alone, bound_weight times the bound the variance alone."""
+
+    @pytest.fixture
+    def gradient(self, make_setting, keys):
+        def gradient(**fields):
+            setting = make_setting(
+                model__class_conditional=False,
+                data__flip=False,
+                parameterisation__variance="learned_range",
+                **fields,
+            )
+            objective = dataclasses.replace(setting.objective, apply=output_is_parameter)
+            rng, batch = np.random.default_rng(0), on_device(tiny.batch(setting.spec, SIZE))
+            output = jnp.asarray(rng.standard_normal((SIZE, 4, 4, 2)), jnp.float32)
+
+            def total(output):
+                loss, _, _ = objective({"network": output}, (), batch, keys, keys.step)
+                return loss.sum()
+
+            return np.split(jax.jit(jax.grad(total))(output), 2, axis=-1)
+
+        return gradient
+
+    def test_mean_and_variance(self, gradient):
+        mean, variance = gradient(loss__kind="hybrid", loss__bound_weight=0.25)
+        mean_of_error, variance_of_error = gradient(loss__kind="error")
+        _, variance_of_bound = gradient(loss__kind="bound")
+        np.testing.assert_allclose(mean, mean_of_error, rtol=1e-6)
+        assert not variance_of_error.any()
+        np.testing.assert_allclose(variance, 0.25 * variance_of_bound, rtol=1e-5)
+        assert np.all(np.abs(variance).max(axis=(1, 2, 3)) > 0)
+
+
+@pytest.mark.parametrize("variance", ["fixedsmall", "fixedlarge"])
+def test_mean_of_the_bound_over_t_is_the_variational_bound(make_setting, variance):
+    """In bits/dim, L_T apart. A prediction x̂_0 that ignores x_t makes every term free of noise."""
+    setting = make_setting(
+        model__class_conditional=False,
+        data__flip=False,
+        loss__kind="bound",
+        parameterisation__target="x0",
+        parameterisation__variance=variance,
+    )
+    model, num_timesteps = setting.model, setting.model.chain.num_timesteps
+    images = np.repeat(tiny.batch(setting.spec, 1)["image"], num_timesteps, axis=0)
+    x0_hat = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, images.shape), jnp.float32)[:1]
+    x0_hat = jnp.repeat(x0_hat, num_timesteps, axis=0)
+
+    objective = dataclasses.replace(
+        setting.objective,
+        apply=output_is_parameter,
+        time_sampler=Given(num_timesteps, times=tuple(range(num_timesteps))),
+    )
+    index = jnp.arange(num_timesteps)
+    keys = StepKeys(jax.random.key(0), jnp.array(0), index, num_timesteps)
+    loss, _, _ = jax.jit(objective)({"network": x0_hat}, (), {"image": images}, keys, keys.step)
+
+    model.network = model.network._replace(apply=output_is_parameter)
+    model._clip = False
+    bound = variational_bound(
+        model.chain,
+        model.denoiser(x0_hat),
+        jnp.asarray(scaled({"image": images}, setting.spec.num_levels)),
+        jax.random.split(jax.random.key(1), num_timesteps),
+        {},
+        variance,
+        setting.spec.num_levels,
+    )
+    expected = (bound.total - bound.prior)[0] / np.log(2)
+    np.testing.assert_allclose(loss.mean(), expected, rtol=1e-4)
+
+
+class TestAugmentation:
+    """Seen through a "network" that returns what it is told to look at."""
+
+    size = 400
+
+    @pytest.fixture
+    def keys(self):
+        return StepKeys(jax.random.key(3), jnp.array(5), jnp.arange(self.size), self.size)
+
+    def seen(self, objective, batch, keys):
+        """What the network is fed, at t = 0 where hardly any noise is added."""
+        fed = {}
+
+        def spy(params, x, time, conditioning, dropout_keys=None):
+            fed.update(x=x, dropout_keys=dropout_keys, **conditioning)
+            return x
+
+        sampler = Given(8, times=(0,) * self.size)
+        objective = dataclasses.replace(objective, apply=spy, time_sampler=sampler)
+        objective({"network": ()}, (), on_device(batch), keys, keys.step)
+        return fed
+
+    @pytest.fixture
+    def objective(self, make_setting):
+        return make_setting(training__label_drop=0.3, process__num_timesteps=1000).objective
+
+    @pytest.fixture
+    def batch(self):
+        """Images that are white on the left and black on the right."""
+        images = np.broadcast_to(np.array([16, 16, 0, 0], np.uint8)[:, None], (self.size, 4, 4, 1))
+        return {"image": images, "label": np.arange(self.size, dtype=np.int32) % 3}
+
+    def test_flips_whole_images_of_half_the_examples(self, objective, batch, keys):
+        sides = np.sign(self.seen(objective, batch, keys)["x"])
+        straight = np.sign(scaled(batch, 17))
+        flipped = np.array(
+            [np.array_equal(a, b[:, ::-1]) for a, b in zip(sides, straight, strict=True)]
+        )
+        kept = np.array([np.array_equal(a, b) for a, b in zip(sides, straight, strict=True)])
+        assert np.all(flipped ^ kept)
+        assert abs(flipped.mean() - 0.5) < 5 * np.sqrt(0.25 / self.size)
+
+    def test_drops_labels_at_their_rate(self, objective, batch, keys):
+        fed = self.seen(objective, batch, keys)
+        np.testing.assert_array_equal(fed["label"], batch["label"])
+        standard_error = np.sqrt(0.3 * 0.7 / self.size)
+        assert abs(fed["label_drop"].mean() - 0.3) < 5 * standard_error
+
+    def test_measuring_switches_all_of_it_off(self, objective, batch, keys):
+        fed = self.seen(dataclasses.replace(objective, augment=False), batch, keys)
+        np.testing.assert_array_equal(np.sign(fed["x"]), np.sign(scaled(batch, 17)))
+        assert fed["dropout_keys"] is None
+        assert not np.any(fed.get("label_drop", False))
+
+    def test_unconditional_models_see_no_label(self, make_setting, batch, keys):
+        objective = make_setting(model__class_conditional=False).objective
+        assert "label" not in self.seen(objective, batch, keys)

@@ -1,0 +1,295 @@
+"""The train step: invariance to how the batch is split, its arithmetic, and its safety."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from jax_ddpm.keys import Stream
+from jax_ddpm.training.recipe import make_learning_rate, make_recipe
+from jax_ddpm.training.state import Average, Phase, Recipe, init_state
+from jax_ddpm.training.step import compile_step, data_mesh, replicate
+
+SEED = jax.random.key(7)
+
+
+def train(recipe, mesh, params, extra, batches):
+    """The state and the metrics after each batch, as NumPy."""
+    step = compile_step(recipe, mesh)
+    state = replicate(init_state(recipe, jax.tree.map(jnp.array, params), extra), mesh)
+    log = []
+    for batch in batches:
+        state, metrics = step(state, batch, SEED)
+        log.append(metrics)
+    return jax.device_get((state, log))
+
+
+def all_close(actual, expected, **tolerance):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), actual, expected)
+
+
+@pytest.fixture(scope="module")
+def run(make_setting, mesh_of):
+    """Two steps of DDPM training with a time sampler, split as told."""
+
+    @functools.cache
+    def run(time_sampler, accumulate, num_devices):
+        everything = time_sampler == "uniform"  # once suffices, random numbers compile slowly
+        setting = make_setting(
+            loss__time_sampler=time_sampler,
+            data__flip=everything,
+            model__class_conditional=everything,
+            training__label_drop=0.4,
+        )
+        extra = setting.objective.init()
+        if time_sampler == "loss_second_moment":  # warmed up: its draws follow the losses
+            losses = np.random.default_rng(0).uniform(0.5, 2, extra.losses.shape)
+            extra = extra._replace(losses=jnp.asarray(losses, "f"), counts=extra.counts + 10)
+        params = {"network": setting.model.network.init(jax.random.key(0))}
+        batches = [tiny.batch(setting.spec, seed=i) for i in range(2)]
+        recipe = make_recipe(setting.config, setting.objective)._replace(accumulate=accumulate)
+        return train(recipe, mesh_of(num_devices), params, extra, batches)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("time_sampler", "accumulate", "num_devices"),
+    [
+        ("uniform", 2, 4),
+        ("stratified", 2, 4),
+        ("loss_second_moment", 1, 4),
+        ("loss_second_moment", 2, 1),
+    ],
+)
+def test_splitting_the_batch_changes_neither_state_nor_metrics(
+    run, time_sampler, accumulate, num_devices
+):
+    """Noise, time, dropout, flips and label drop belong to examples, not to where they are."""
+    whole = run(time_sampler, accumulate=1, num_devices=1)
+    all_close(run(time_sampler, accumulate, num_devices), whole, rtol=2e-5, atol=1e-6)
+
+
+class Quadratic:
+    """½‖w - x‖² of the trained name, whose gradient is w - mean(x)."""
+
+    def __init__(self, name="network", towards=None):
+        self.name, self.towards = name, towards
+
+    def __call__(self, params, extra, batch, keys, step):
+        goal = batch["x"] if self.towards is None else params[self.towards]["w"][None]
+        difference = params[self.name]["w"][None] - goal + 0 * batch["x"]
+        return 0.5 * jnp.sum(difference**2, axis=1), {}, extra
+
+
+@pytest.fixture
+def quadratic_recipe(make_setting):
+    """The optimiser and averages of DDPM training around a quadratic objective."""
+
+    def make(objective=None, **fields):
+        setting = make_setting(**fields)
+        recipe = make_recipe(setting.config, setting.objective)
+        (phase,) = recipe.phases
+        return recipe._replace(phases=(phase._replace(objective=objective or Quadratic()),))
+
+    return make
+
+
+@pytest.fixture
+def points():
+    return np.random.default_rng(0).normal(0.3, 1, (6, 8, 3)).astype("f")
+
+
+START = {"network": {"w": np.array([3.0, -1.0, 0.5], "f")}}
+
+
+def test_update_is_clipped_adam_with_warm_up_and_an_average(quadratic_recipe, mesh_of, points):
+    """Against the algorithms of Kingma & Ba 2015 and Ho et al. 2020, written out in float64."""
+    rate, beta1, beta2, epsilon, clip, decay = 0.1, 0.8, 0.95, 1e-3, 3.1, 0.2
+    recipe = quadratic_recipe(
+        training__learning_rate=rate,
+        training__warmup_steps=4,
+        training__adam_b1=beta1,
+        training__adam_b2=beta2,
+        training__adam_eps=epsilon,
+        training__grad_clip=clip,
+        training__ema_decay=decay,
+    )
+    state, log = train(recipe, mesh_of(1), START, (), [{"x": x} for x in points])
+
+    w = START["network"]["w"].astype(np.float64)
+    average, first, second, norms = w, np.zeros(3), np.zeros(3), []
+    for i, x in enumerate(points.astype(np.float64)):
+        gradient = w - x.mean(axis=0)
+        norms.append(np.linalg.norm(gradient))
+        gradient *= min(1, clip / norms[-1])
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        unbiased = first / (1 - beta1 ** (i + 1)), second / (1 - beta2 ** (i + 1))
+        w = w - rate * min(1, i / 4) * unbiased[0] / (np.sqrt(unbiased[1]) + epsilon)
+        weight = min(decay, (1 + i) / (10 + i))
+        average = weight * average + (1 - weight) * w
+        assert log[i]["loss"][0] / log[i]["loss"][1] > 0
+        np.testing.assert_allclose(log[i]["parameter_norm"][0], np.linalg.norm(w), rtol=1e-5)
+        np.testing.assert_allclose(log[i]["learning_rate"][0], rate * min(1, i / 4), rtol=1e-6)
+
+    assert min(norms) < clip < max(norms)
+    np.testing.assert_allclose([m["gradient_norm"][0] for m in log], norms, rtol=1e-5)
+    np.testing.assert_allclose(state.params["network"]["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(state.ema["network"]["w"], average, rtol=1e-5)
+    assert state.step == len(points)
+
+
+def test_average_warms_up_to_its_decay(quadratic_recipe):
+    """From a tenth, so that the random start is soon forgotten, up to the configured decay."""
+    decay = quadratic_recipe(training__ema_decay=0.99).averages["network"].decay
+    values = np.array([decay(step) for step in (0, 1, 90, 10_000)])
+    np.testing.assert_allclose(values, [1 / 10, 2 / 11, 91 / 100, 0.99], rtol=1e-6)
+
+
+class TestLearningRate:
+    @pytest.fixture
+    def schedule(self, make_setting):
+        def make(**fields):
+            fields = {f"training__{name}": value for name, value in fields.items()}
+            config = make_setting(training__learning_rate=0.5, **fields).config
+            return lambda *steps: np.array([make_learning_rate(config)(step) for step in steps])
+
+        return make
+
+    def test_warms_up_from_0_and_stays(self, schedule):
+        rate = schedule(warmup_steps=10, num_steps=100, decay="constant")
+        np.testing.assert_allclose(rate(0, 5, 10, 99), [0, 0.25, 0.5, 0.5], rtol=1e-6)
+
+    def test_falls_to_0_along_a_cosine(self, schedule):
+        rate = schedule(warmup_steps=20, num_steps=100, decay="cosine")
+        np.testing.assert_allclose(rate(10, 20, 60, 100), [0.25, 0.5, 0.25, 0], atol=1e-7)
+
+    def test_without_warm_up_starts_at_its_peak(self, schedule):
+        assert schedule(warmup_steps=0)(0) == 0.5
+
+    def test_may_warm_up_throughout(self, schedule):
+        rate = schedule(warmup_steps=10, num_steps=5, decay="cosine")
+        np.testing.assert_allclose(rate(0, 4), [0, 0.2], rtol=1e-6)
+
+
+def test_phases_train_their_names_in_turn_with_their_own_optimiser(mesh_of, points):
+    """The second phase sees the parameters that the first has just updated."""
+    recipe = Recipe(
+        phases=(
+            Phase(Quadratic("a"), ("a",), optax.sgd(0.1), optax.constant_schedule(0.1)),
+            Phase(
+                Quadratic("b", towards="a"), ("b",), optax.sgd(0.5), optax.constant_schedule(0.5)
+            ),
+        ),
+        averages={"slow_a": Average("a", lambda step: 0.75)},
+    )
+    start = {
+        name: {"w": np.full(3, value, "f")} for name, value in zip("abc", (1, 2, 3), strict=True)
+    }
+    state, _ = train(recipe, mesh_of(1), start, (), [{"x": x} for x in points])
+
+    a, b, slow = np.full(3, 1.0), np.full(3, 2.0), np.full(3, 1.0)
+    for x in points.astype(np.float64):
+        a = a - 0.1 * (a - x.mean(axis=0))
+        b = b - 0.5 * (b - a)
+        slow = 0.75 * slow + 0.25 * a
+    all_close(state.params, {"a": {"w": a}, "b": {"w": b}, "c": start["c"]}, rtol=1e-5)
+    all_close(state.ema, {"slow_a": {"w": slow}}, rtol=1e-5)
+
+
+class Failing(Quadratic):
+    """At step 1 fails in the way that is told; its memory counts the steps."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def __call__(self, params, extra, batch, keys, step):
+        loss, metrics, _ = super().__call__(params, extra, batch, keys, step)
+        w = params["network"]["w"]
+        bad = {
+            "loss_nan": jnp.nan + jax.lax.stop_gradient(w[0]),
+            "loss_of_one_example_nan": jnp.where(keys.index == 3, jnp.nan, 0.0),
+            "gradient_nan": jnp.sqrt(w[0] - w[0] + (step != 1)),  # the root has no slope at 0
+        }[self.how]
+        return jnp.where(step == 1, loss + bad, loss), metrics, extra + 1
+
+
+@pytest.mark.parametrize("how", ["loss_nan", "loss_of_one_example_nan", "gradient_nan"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_update_that_is_not_finite_is_not_applied(quadratic_recipe, points, how, accumulate):
+    recipe = quadratic_recipe(Failing(how), training__accumulate=accumulate)
+    step = compile_step(recipe, data_mesh())
+    state = replicate(
+        init_state(recipe, jax.tree.map(jnp.array, START), jnp.zeros(())), data_mesh()
+    )
+
+    states, finite = [], []
+    for x in points[:3]:
+        state, metrics = step(state, {"x": x}, SEED)
+        states.append(jax.device_get(state))
+        finite.append(float(metrics["finite"][0]))
+    assert finite == [1, 0, 1]
+    assert [int(state.step) for state in states] == [1, 2, 3]
+    jax.tree.map(np.testing.assert_array_equal, states[1]._replace(step=states[0].step), states[0])
+    assert np.all(states[2].params["network"]["w"] != states[1].params["network"]["w"])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(states[2]))
+
+
+def test_is_compiled_once(quadratic_recipe, points):
+    traces = []
+
+    class Counting(Quadratic):
+        def __call__(self, params, *args):
+            traces.append(params)
+            return super().__call__(params, *args)
+
+    train(quadratic_recipe(Counting()), data_mesh(), START, (), [{"x": x} for x in points])
+    assert len(traces) == 1
+
+
+class TestDonation:
+    def test_the_old_state_is_given_up(self, quadratic_recipe, points):
+        recipe, mesh = quadratic_recipe(), data_mesh()
+        state = replicate(init_state(recipe, jax.tree.map(jnp.array, START), ()), mesh)
+        old = jax.tree.leaves(state)
+        compile_step(recipe, mesh)(state, {"x": points[0]}, SEED)
+        assert all(leaf.is_deleted() for leaf in old)
+
+    def test_averages_are_copies(self, quadratic_recipe):
+        """Sharing a buffer with the parameters would donate it twice."""
+        state = init_state(quadratic_recipe(), jax.tree.map(jnp.array, START), ())
+        jax.tree.map(lambda leaf: leaf.delete(), state.params)
+        np.testing.assert_array_equal(state.ema["network"]["w"], START["network"]["w"])
+
+
+def test_objectives_get_keys_by_global_index(quadratic_recipe, mesh_of, points):
+    """Each example's noise is that of its place in the global batch and of its step."""
+
+    class Noise(Quadratic):
+        def __call__(self, params, extra, batch, keys, step):
+            loss, _, extra = super().__call__(params, extra, batch, keys, step)
+            noise = jax.vmap(jax.random.normal)(keys.per_example(Stream.NOISE))
+            return loss, {"noise": (noise * batch["x"][:, 0], jnp.ones_like(loss))}, extra
+
+    logs = [
+        train(
+            quadratic_recipe(Noise())._replace(accumulate=n),
+            mesh_of(d),
+            START,
+            (),
+            [{"x": x} for x in points[:2]],
+        )[1]
+        for n, d in ((1, 1), (4, 2))
+    ]
+    for step, (whole, split) in enumerate(zip(*logs, strict=True)):
+        key = jax.random.fold_in(jax.random.fold_in(SEED, Stream.NOISE), step)
+        noise = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(8)]
+        expected = np.sum(points[step][:, 0] * np.array(noise)), 8
+        np.testing.assert_allclose(whole["noise"], expected, rtol=1e-5)
+        np.testing.assert_allclose(split["noise"], expected, rtol=1e-5)

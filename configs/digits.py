@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.parameterisation.variance = "fixedsmall"
     config.loss.time_sampler = "stratified"
 
-    config.training.num_steps = 2400
+    config.training.num_steps = 2000
     config.training.batch_size = 64
     config.training.learning_rate = 2e-3
     config.training.warmup_steps = 100
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.training.ema_decay = 0.99
     config.training.log_every = 100
     config.training.heldout_every = 400
-    config.training.sample_every = 1200
+    config.training.sample_every = 1000
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
     return config

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.loss.time_sampler = "stratified"
 
     config.training.label_drop = 0.1
-    config.training.num_steps = 5000
+    config.training.num_steps = 3000
     config.training.batch_size = 64
     config.training.learning_rate = 2e-3
     config.training.warmup_steps = 100
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.training.ema_decay = 0.995
     config.training.log_every = 100
     config.training.heldout_every = 500
-    config.training.sample_every = 2500
+    config.training.sample_every = 1500
     config.sampling.num_samples = 100
     config.sampling.batch_size = 100
     return config

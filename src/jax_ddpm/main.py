@@ -6,6 +6,7 @@ python -m jax_ddpm.main --mode=sample --workdir=runs/digits --num_samples=100 --
 
 import pathlib
 import sys
+import warnings
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -93,6 +94,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Runs one mode; a mistake of the user's is one line and exit code 1."""
     logging.set_verbosity(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")

@@ -1,7 +1,6 @@
 """Encode two images at t, mix, decode: with a Gaussian denoiser, affine in everything."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact import GaussianDenoiser
@@ -29,8 +28,8 @@ W = WEIGHTS.reshape(-1, 1, 1, 1)
 
 @jax.jit
 def decode(pair, weights, key):
-    denoiser, t = GaussianDenoiser(0.3, VAR, CHAIN), jnp.array(T, pair.dtype)
-    return interpolate(SAMPLER, denoiser, CHAIN, pair, t, weights, key, {})
+    denoiser = GaussianDenoiser(0.3, VAR, CHAIN)
+    return interpolate(SAMPLER, denoiser, CHAIN, pair, weights, key, {})
 
 
 def row(pair, weights=WEIGHTS, seed=0):

@@ -24,7 +24,7 @@ class Chain:
     """The variance-preserving chain of the given β (a ``Process``).
 
     Attributes (float64 NumPy, ``[T]``): ``alpha_bar`` is ᾱ_t = Π(1-β), ``log_alpha_bar`` its
-    logarithm, ``one_minus_alpha_bar`` the noise variance without cancellation, ``log_snr_table``
+    logarithm; ``one_minus_alpha_bar`` and its logarithm are free of cancellation; ``log_snr_table``
     λ_t, ``posterior`` the coefficients of q(x_{t-1} | x_t, x_0) with exactly clean data before
     t = 0 (ᾱ_{-1} = 1).
 
@@ -58,7 +58,7 @@ class Chain:
     @property
     def prior_bits_per_dim(self) -> float:
         """KL(q(x_T | x_0) ‖ N(0, I)) in bits/dim at |x_0| = 1, its largest for data in [-1, 1]."""
-        return float(-0.5 * self._log_noise_variance[-1] / np.log(2))
+        return float(-0.5 * self.log_one_minus_alpha_bar[-1] / np.log(2))
 
     @cached_property
     def log_alpha_bar(self) -> np.ndarray:
@@ -74,8 +74,8 @@ class Chain:
         return -np.expm1(self.log_alpha_bar)
 
     @cached_property
-    def _log_noise_variance(self) -> np.ndarray:
-        # log(1-ᾱ), accurate at both ends: for small ᾱ through log1p, for small 1-ᾱ through expm1.
+    def log_one_minus_alpha_bar(self) -> np.ndarray:
+        # Accurate at both ends: for small ᾱ through log1p, for small 1-ᾱ through expm1.
         return np.where(
             self.alpha_bar < 0.5,
             np.log1p(-np.minimum(self.alpha_bar, 0.5)),
@@ -85,7 +85,7 @@ class Chain:
     @cached_property
     def log_snr_table(self) -> np.ndarray:
         # Where ᾱ = 0, a finite λ whose exponential vanishes, so that interpolation stays finite.
-        return np.maximum(self.log_alpha_bar - self._log_noise_variance, _ZERO_SNR)
+        return np.maximum(self.log_alpha_bar - self.log_one_minus_alpha_bar, _ZERO_SNR)
 
     @cached_property
     def posterior(self) -> Posterior:

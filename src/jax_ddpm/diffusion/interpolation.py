@@ -16,20 +16,20 @@ def interpolate(
     denoiser: Denoiser,
     process: Process,
     pair: Float[Array, "2 *shape"],
-    t: Float[Array, ""],
     weights: Float[Array, " n"],
     key: Any,
     conditioning: Conditioning,
 ) -> Float[Array, "n *shape"]:
     """Decodes (1-w)·x_t + w·x'_t for each weight w, with x_t, x'_t ~ q(· | x_0), q(· | x'_0).
 
-    ``sampler`` starts at t. Every weight shares one draw of the encoding noise and one of the
+    t is where the sampler starts. Every weight shares one draw of the encoding noise and one of the
     sampling noise, so that only w varies along the row; w = 0 and 1 are the two images'
     reconstructions. Linear mixing shrinks the noise between them, as in the paper.
     """
+    t = jnp.asarray(sampler.nodes.time[0], pair.dtype)
     encode_key, decode_key = jax.random.split(key)
     encoded = q_sample(process, pair, t, per_example_normal(jax.random.split(encode_key), pair))
-    w = expand(weights, jnp.zeros((weights.size, *pair.shape[1:])))
+    w = expand(weights, pair)
     xt = (1 - w) * encoded[:1] + w * encoded[1:]
     keys = jnp.repeat(decode_key[None], weights.size, axis=0)
     x, _ = sample(sampler, denoiser, xt, keys, conditioning)

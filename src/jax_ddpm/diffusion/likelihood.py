@@ -103,9 +103,9 @@ def bound_term(
 
 def prior_term(chain: Chain, x0: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in nats/dim."""
-    alpha_bar, noise = chain.alpha_bar[-1], chain.one_minus_alpha_bar[-1]
     # ½(ᾱ·x_0² - ᾱ - log(1-ᾱ)), the last two terms joined in float64.
-    rest = -alpha_bar - np.log(noise)
+    alpha_bar = chain.alpha_bar[-1]
+    rest = -alpha_bar - chain.log_one_minus_alpha_bar[-1]
     return mean_over_dims(0.5 * (x0**2 * alpha_bar.astype(x0.dtype) + rest.astype(x0.dtype)))
 
 

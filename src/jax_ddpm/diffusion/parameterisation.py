@@ -95,8 +95,9 @@ class Parameterisation:
       target: a name in ``TARGETS``.
       time_scale: the network is fed ``time_scale·t``; 1000/T keeps a chain of any length on the
         range that the sinusoidal embedding was made for.
-      variance: "none", or what the second half of the output channels holds: "learned" the
-        log-variance of the step t → t-1, "learned_range" the fraction v as (1 + output)/2.
+      variance: "none", or what the second half of the output channels holds: the
+        log-variance of the step t → t-1 ("learned", for sampling that very chain: on longer steps
+        its fraction means little), or the fraction v as (1 + output)/2 ("learned_range").
     """
 
     process: Process

@@ -39,7 +39,14 @@ def ancestral(
     re-spaced chain, rebuilt from the ratios of ᾱ. The steps' variances are β̃ ("fixedsmall"), β
     ("fixedlarge"), the model's own ("learned"), or given, one value per step. The last step draws
     no noise, unless its variance is given and positive.
+
+    Raises:
+      ValueError: where times do not decrease or a given variance is negative.
     """
+    if np.any(np.diff(times) >= 0):
+        raise ValueError("times must decrease, from the noisiest to the last before clean data")
+    if isinstance(variance, np.ndarray) and np.any(variance < 0):
+        raise ValueError("variances must not be negative")
     alpha, sigma, log_snr = process.alpha(times), process.sigma(times), process.log_snr(times)
     alpha_s, sigma_s = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     beta = -(sigma**2) * np.expm1(log_snr - np.append(log_snr[1:], np.inf))
@@ -66,7 +73,10 @@ def ancestral(
 
 def _step(learned: bool, denoiser, x: Array, node: AncestralNode, carry: tuple, keys):
     prediction = denoiser(x, node.time)
-    fraction = prediction.variance_fraction if learned else node.fraction
+    fraction = node.fraction
+    if learned:
+        assert prediction.variance_fraction is not None, "this model predicts no variance"
+        fraction = prediction.variance_fraction
     std = jnp.exp(0.5 * (node.log_variance + fraction * node.log_variance_span))
     mean = node.coef_x0 * prediction.x0 + node.coef_xt * x
     return mean + node.noise * std * per_example_normal(keys, x), carry, prediction

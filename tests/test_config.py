@@ -124,7 +124,7 @@ BAD = [
     ("training.heldout_examples", 0),
     ("training.sample_every", -5),
     ("sampling.num_samples", 0),
-    ("sampling.batch_size", 6),
+    ("sampling.batch_size", 0),
 ]
 
 

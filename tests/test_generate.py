@@ -18,10 +18,7 @@ from jax_ddpm.models.network import Network
 SHAPE = (4, 4, 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    with tiny.quick_compilation():
-        yield
+quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +52,7 @@ def test_number_and_range(samples):
     assert len(np.unique(samples.reshape(6, -1), axis=0)) == 6
 
 
-@pytest.mark.parametrize(("batch_size", "num_devices"), [(2, 1), (8, 4)])
+@pytest.mark.parametrize(("batch_size", "num_devices"), [(2, 1), (5, 4)])
 def test_depends_neither_on_batch_size_nor_on_devices(
     model, params, samples, batch_size, num_devices
 ):
@@ -70,7 +67,7 @@ def test_fewer_samples_are_the_first_ones(generator, params, samples):
     np.testing.assert_array_equal(samples[1::3], six[1::3])  # column 1 holds class 1
 
 
-@pytest.mark.parametrize(("batch_size", "num_devices"), [(2, 1), (6, 1), (8, 4)])
+@pytest.mark.parametrize(("batch_size", "num_devices"), [(2, 1), (8, 4)])
 def test_noise_is_keyed_by_seed_and_index(model, params, monkeypatch, batch_size, num_devices):
     """Seen with a sampler that returns what it is given."""
 

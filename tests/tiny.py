@@ -1,8 +1,5 @@
 """Small stand-ins, so that tests compile in about a second what they do not test."""
 
-import contextlib
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,25 +10,12 @@ from jax_ddpm.data.source import Spec
 from jax_ddpm.factory import Model
 from jax_ddpm.models.network import Network
 
-# XLA without its slow optimisations compiles about three times as fast: for tests of structure
-# rather than of arithmetic, for one function …
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
-
-@contextlib.contextmanager
 def quick_compilation():
-    """… and for all that is compiled inside."""
+    """The body of a fixture: XLA without its slow optimisations compiles 2-3 times as fast."""
     jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 DROPOUT = 0.2

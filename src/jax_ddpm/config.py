@@ -78,12 +78,12 @@ _CHOICES = {
     "training.decay": ("constant", "cosine"),
 }
 _POSITIVE = (
-    "model.base_channels",
     "model.num_res_blocks",
     "model.num_groups",
     "training.batch_size",
     "training.accumulate",
     "training.learning_rate",
+    "training.adam_eps",
     "training.grad_clip",
     "training.log_every",
     "training.heldout_every",
@@ -93,7 +93,13 @@ _POSITIVE = (
     "sampling.num_samples",
     "sampling.batch_size",
 )
-_FRACTIONS = ("model.dropout", "training.label_drop", "training.ema_decay")
+_FRACTIONS = (
+    "model.dropout",
+    "training.label_drop",
+    "training.adam_b1",
+    "training.adam_b2",
+    "training.ema_decay",
+)
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -118,6 +124,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         _require(config, field, lambda value: value > 0, "positive")
     for field in _FRACTIONS:
         _require(config, field, lambda value: 0 <= value < 1, "in [0, 1)")
+    for field in ("loss.bound_weight", "training.warmup_steps"):
+        _require(config, field, lambda value: value >= 0, "0 or more")
     _require(config, "process.num_timesteps", lambda value: value >= 2, "at least 2")
     _validate_process(config)
 
@@ -129,16 +137,19 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         f"divisible by training.accumulate × devices = {part}",
     )
     _require(
+        config, "model.base_channels", lambda value: value >= 4, "at least 4, to embed the time"
+    )
+    _require(
         config,
-        "sampling.batch_size",
-        lambda value: value % num_devices == 0,
-        f"divisible by the number of devices, {num_devices}",
+        "model.channel_multipliers",
+        lambda value: value and all(multiplier > 0 for multiplier in value),
+        "positive numbers, one per level",
     )
     widths = [config.model.base_channels * m for m in config.model.channel_multipliers]
     _require(
         config,
         "model.num_groups",
-        lambda value: bool(widths) and all(width % value == 0 for width in widths),
+        lambda value: all(width % value == 0 for width in widths),
         f"a divisor of every level's width {widths}",
     )
 

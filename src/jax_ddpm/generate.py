@@ -19,13 +19,14 @@ _MAX_COLUMNS = 10
 
 
 class Generator:
-    """Draws samples in batches of one compiled size over all devices of the mesh.
+    """Draws samples in batches of one compiled size, rounded up to share over all devices.
 
     Compiled once: new parameters, seeds and labels reuse the program. The noise of sample i depends
     on (seed, i) alone, so it does not change with the batch size or the number of devices.
     """
 
     def __init__(self, model: Model, batch_size: int, mesh: Mesh, num_snapshots: int = 1):
+        batch_size = -(-batch_size // mesh.size) * mesh.size
         self._model, self._batch_size = model, batch_size
         whole = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, PartitionSpec("data"))

@@ -45,17 +45,19 @@ def test_labels(save):
     assert everything(source, "heldout", "label").dtype == np.int32
 
 
-def test_without_test_images_a_random_part_is_held_out(save):
+@pytest.mark.parametrize(("fraction", "split_sizes"), [(0.3, (70, 30)), (0.9, (10, 90))])
+def test_without_test_images_a_random_part_is_held_out(save, fraction, split_sizes):
     """A partition, the same at each call and not the file's order; labels stay with images."""
-    count = 100
+    count = sum(split_sizes)
     train = np.arange(count, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
     path = save(train_images=train, train_labels=np.arange(count))
-    first, second = npz(path, 0.3), npz(path, 0.3)
-    assert first.spec.split_sizes == {"train": 70, "heldout": 30}
-    parts = {split: everything(first, split)[:, 0, 0, 0] for split in ("train", "heldout")}
+    first, second = npz(path, fraction), npz(path, fraction)
+    assert first.spec.split_sizes == dict(zip(("train", "heldout"), split_sizes, strict=True))
+    assert first.spec.num_classes == count, "also where training sees only some of the classes"
+    parts = {split: everything(first, split)[:, 0, 0, 0] for split in first.spec.split_sizes}
     assert sorted(np.concatenate([*parts.values()])) == list(range(count))
-    assert sorted(parts["heldout"]) not in (list(range(30)), list(range(70, 100)))
     for split, part in parts.items():
+        assert not np.all(np.diff(np.sort(part)) == 1)
         np.testing.assert_array_equal(everything(first, split, "label"), part)
         np.testing.assert_array_equal(everything(second, split, "label"), part)
 

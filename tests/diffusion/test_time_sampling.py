@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from jax_ddpm.diffusion.time_sampling import LossHistory, LossSecondMoment, Stratified, Uniform
+from jax_ddpm.diffusion.time_sampling import LossSecondMoment, Stratified, Uniform
 
 T = 10
 ADAPTIVE = LossSecondMoment(T, length=4, uniform_share=0.1)
+STEP = jnp.int32(7)
 
 
 @partial(jax.jit, static_argnums=0)
 def draw_jit(sampler, state, shared_key, keys, position):
-    return sampler.draw(state, shared_key, keys, position)
+    return sampler.draw(state, STEP, shared_key, keys, position)
 
 
 def draw(sampler, batch=1000, order=slice(None), state=None, seed=0):
@@ -74,7 +75,8 @@ class TestLossSecondMoment:
     def history(self, rng):
         """Enough losses at every t."""
         losses = rng.exponential(size=(T, ADAPTIVE.length)).astype(np.float32)
-        return LossHistory(jnp.asarray(losses), jnp.full(T, ADAPTIVE.length, jnp.int32))
+        counts = jnp.full(T, ADAPTIVE.length, jnp.int32)
+        return ADAPTIVE.init()._replace(losses=jnp.asarray(losses), counts=counts)
 
     @pytest.fixture
     def expected(self, history):
@@ -82,11 +84,21 @@ class TestLossSecondMoment:
         return 0.9 * root / root.sum() + 0.1 / T
 
     def test_proportional_to_the_root_of_the_second_moment(self, history, expected):
-        np.testing.assert_allclose(ADAPTIVE.probabilities(history), expected, rtol=1e-6)
+        np.testing.assert_allclose(ADAPTIVE.probabilities(history, STEP), expected, rtol=1e-6)
 
     def test_uniform_until_every_time_has_its_losses(self, history):
         waiting = history._replace(counts=history.counts.at[2].add(-1))
-        np.testing.assert_allclose(ADAPTIVE.probabilities(waiting), 1 / T, rtol=1e-6)
+        np.testing.assert_allclose(ADAPTIVE.probabilities(waiting, STEP), 1 / T, rtol=1e-6)
+
+    def test_all_micro_batches_of_a_step_draw_alike(self, history):
+        """Losses of a step's first part count from the next step on."""
+        t, loss = jnp.arange(T, dtype=jnp.float32), jnp.arange(T, dtype=jnp.float32)
+        later = ADAPTIVE.update(history, STEP, t, loss)
+        np.testing.assert_array_equal(
+            ADAPTIVE.probabilities(later, STEP), ADAPTIVE.probabilities(history, STEP)
+        )
+        after = ADAPTIVE.probabilities(later, STEP + 1)
+        assert np.all(after != ADAPTIVE.probabilities(history, STEP))
 
     def test_draws_follow_the_probabilities(self, history, expected):
         t, _ = draw(ADAPTIVE, state=history)
@@ -103,7 +115,7 @@ class TestLossSecondMoment:
     def test_no_time_is_ever_left_out(self, history):
         """A time whose losses are all 0 keeps its uniform share."""
         solved = history._replace(losses=history.losses.at[3].set(0))
-        np.testing.assert_allclose(ADAPTIVE.probabilities(solved)[3], 0.1 / T, rtol=1e-6)
+        np.testing.assert_allclose(ADAPTIVE.probabilities(solved, STEP)[3], 0.1 / T, rtol=1e-6)
 
     @pytest.mark.parametrize("batch", [1, 7, 64])
     def test_keeps_the_last_losses_of_each_time(self, rng, batch):
@@ -112,11 +124,11 @@ class TestLossSecondMoment:
         update = jax.jit(sampler.update)
         state, oracle = sampler.init(), [deque(maxlen=10) for _ in range(5)]
         counts = np.zeros(5, int)
-        for _ in range(20):
+        for step in range(20):
             # Squared, so that small t are frequent and the last is rare.
             t = np.floor(5 * rng.uniform(size=batch) ** 2).astype(np.float32)
             loss = rng.exponential(size=batch).astype(np.float32)
-            state = update(state, t, loss)
+            state = update(state, jnp.int32(step), t, loss)
             for one_t, one_loss in zip(t.astype(int), loss, strict=True):
                 oracle[one_t].append(one_loss)
                 counts[one_t] += 1

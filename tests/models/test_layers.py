@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import quick_jit
 
 from jax_ddpm.models import layers
 
@@ -128,7 +127,7 @@ class TestDropout:
     rate = 0.3
 
     def drop(self, x, keys):
-        return quick_jit(partial(layers.Dropout(self.rate).apply, {}))(x, keys)
+        return jax.jit(partial(layers.Dropout(self.rate).apply, {}))(x, keys)
 
     def test_depends_on_each_examples_key_alone(self, rng):
         x = jnp.asarray(rng.standard_normal((6, 4, 4, 2)), jnp.float32)
@@ -170,6 +169,6 @@ def test_residual_block_starts_as_its_shortcut(rng, features):
     x = jnp.asarray(rng.standard_normal((2, 4, 4, 8)), jnp.float32)
     embedding = jnp.asarray(rng.standard_normal((2, 12)), jnp.float32)
     block = layers.ResBlock(features, num_groups=4, dropout=0.0, dtype=jnp.float32)
-    y, variables = quick_jit(block.init_with_output)(jax.random.key(0), x, embedding, None)
+    y, variables = jax.jit(block.init_with_output)(jax.random.key(0), x, embedding, None)
     shortcut = x if features == 8 else x @ variables["params"]["shortcut"]["kernel"]
     np.testing.assert_allclose(y, shortcut, atol=1e-3)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import quick_jit
 
 from jax_ddpm.models.initialisers import fan_average_uniform, normal
 from jax_ddpm.models.network import make_network
@@ -94,6 +93,6 @@ def test_initialisers_also_serve_linen(initialiser):
     """As any initialiser they are pure functions of a key, under jit too."""
     key, shape = jax.random.key(0), (3, 3, 4, 8)
     plain = initialiser(key, shape)
-    compiled = quick_jit(lambda key: initialiser(key, shape))(key)
+    compiled = jax.jit(lambda key: initialiser(key, shape))(key)
     np.testing.assert_array_equal(plain, compiled)
     assert not np.any(plain == initialiser(jax.random.key(1), shape))

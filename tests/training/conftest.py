@@ -14,11 +14,7 @@ from jax_ddpm.factory import Model
 from jax_ddpm.training.objective import DiffusionObjective
 from jax_ddpm.training.recipe import make_objective
 
-
-@pytest.fixture(autouse=True, scope="package")
-def _quick_compilation():
-    with tiny.quick_compilation():
-        yield
+quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 
 
 class Setting(NamedTuple):

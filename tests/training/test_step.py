@@ -62,7 +62,6 @@ def run(make_setting, mesh_of):
     [
         ("uniform", 2, 4),
         ("stratified", 2, 4),
-        ("loss_second_moment", 1, 4),
         ("loss_second_moment", 2, 1),
     ],
 )

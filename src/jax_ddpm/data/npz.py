@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -23,10 +24,11 @@ def npz(path: str, heldout_fraction: float = 0.1) -> ArraySource:
     if not file.is_file():
         raise UserError(f"data.path: no file {path!r}; give the path of an .npz file")
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npz file ({error})") from error
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable .npz file ({reason})") from error
 
     if "train_images" not in arrays:
         found = ", ".join(arrays) or "nothing"
@@ -38,8 +40,12 @@ def npz(path: str, heldout_fraction: float = 0.1) -> ArraySource:
             raise UserError(f"{path}: give labels for both 'train' and 'test', or for neither")
         if splits["heldout"]["image"].shape[1:] != train["image"].shape[1:]:
             raise UserError(f"{path}: train_images and test_images differ in size")
+        if "label" in train and splits["heldout"]["label"].max() > train["label"].max():
+            raise UserError(f"{path}: test_labels holds classes that train_labels does not reach")
     else:
         splits = hold_out(train, heldout_fraction)
+        if not all(len(split["image"]) for split in splits.values()):
+            raise UserError(f"{path}: too few images to hold some out; add more, or test_images")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return ArraySource(splits, num_levels=256, identity=f"npz/{file.name}/sha256-{digest}")
 
@@ -48,10 +54,11 @@ def _split(path: str, arrays: dict[str, np.ndarray], prefix: str) -> Batch:
     images = arrays[f"{prefix}_images"]
     if images.ndim == 3:
         images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+    shaped = images.ndim == 4 and images.shape[-1] in (1, 3) and images.size > 0
+    if images.dtype != np.uint8 or not shaped:
         raise UserError(
             f"{path}: {prefix}_images is {images.dtype} {list(images.shape)}; it must be uint8 "
-            "[n, height, width] or [n, height, width, 1 or 3]"
+            "[n, height, width] or [n, height, width, 1 or 3] and not empty"
         )
     batch = {"image": images}
     if f"{prefix}_labels" in arrays:

@@ -1,7 +1,7 @@
 """How training picks t: uniformly, stratified over the global batch, or by the loss's size.
 
-A time sampler is ``init() → state``, ``draw(state, ...) → (t, weight)`` and ``update(state, t,
-loss) → state``; ``weight`` makes the weighted loss an unbiased estimate of its mean over uniform t.
+A time sampler is ``init() → state``, ``draw(state, step, …) → (t, weight)`` and ``update(state,
+step, t, loss) → state``; ``weight`` makes the weighted loss an unbiased estimate of its mean over uniform t.
 """
 
 import dataclasses
@@ -21,7 +21,12 @@ class TimeSampler(Protocol):
         ...
 
     def draw(
-        self, state: Any, shared_key: Any, keys: Any, position: Float[Array, " batch"]
+        self,
+        state: Any,
+        step: Int[Array, ""],
+        shared_key: Any,
+        keys: Any,
+        position: Float[Array, " batch"],
     ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
         """Times and importance weights.
 
@@ -30,8 +35,14 @@ class TimeSampler(Protocol):
         """
         ...
 
-    def update(self, state: Any, t: Float[Array, " batch"], loss: Float[Array, " batch"]) -> Any:
-        """The state after a batch with these per-example losses (weights not applied)."""
+    def update(
+        self,
+        state: Any,
+        step: Int[Array, ""],
+        t: Float[Array, " batch"],
+        loss: Float[Array, " batch"],
+    ) -> Any:
+        """The state after (a part of) the step's batch with these losses, weights not applied."""
         ...
 
 
@@ -44,11 +55,11 @@ class Uniform:
     def init(self) -> tuple[()]:
         return ()
 
-    def draw(self, state, shared_key, keys, position):
+    def draw(self, state, step, shared_key, keys, position):
         u = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_timesteps))(keys)
         return u.astype(position.dtype), jnp.ones_like(position)
 
-    def update(self, state, t, loss):
+    def update(self, state, step, t, loss):
         return state
 
 
@@ -56,17 +67,22 @@ class Uniform:
 class Stratified(Uniform):
     """Evenly spread over the global batch from one shared offset (Kingma et al. 2021, app. I)."""
 
-    def draw(self, state, shared_key, keys, position):
+    def draw(self, state, step, shared_key, keys, position):
         offset = jax.random.uniform(shared_key, (), position.dtype)
         t = jnp.floor((offset + position) % 1 * self.num_timesteps)
         return jnp.minimum(t, self.num_timesteps - 1), jnp.ones_like(position)
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each t, as a ring: slot ``counts % length`` is the next to be replaced."""
+    """The last losses at each t, as a ring: slot ``counts % length`` is the next to be replaced.
+
+    ``probabilities`` are those that ``step`` began with, for all its micro-batches.
+    """
 
     losses: Float[Array, "T length"]
     counts: Int[Array, " T"]
+    step: Int[Array, ""]
+    probabilities: Float[Array, " T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +100,26 @@ class LossSecondMoment:
         return LossHistory(
             jnp.zeros((self.num_timesteps, self.length)),
             jnp.zeros(self.num_timesteps, jnp.int32),
+            jnp.full((), -1, jnp.int32),
+            jnp.full(self.num_timesteps, 1 / self.num_timesteps),
         )
 
-    def probabilities(self, state: LossHistory) -> Float[Array, " T"]:
-        """p(t), summing to 1."""
+    def probabilities(self, state: LossHistory, step: Int[Array, ""]) -> Float[Array, " T"]:
+        """p(t) of a step, summing to 1."""
         root = jnp.sqrt(jnp.mean(state.losses**2, axis=1))
         adapted = (1 - self.uniform_share) * root / jnp.sum(root) + (
             self.uniform_share / self.num_timesteps
         )
         warm = jnp.all(state.counts >= self.length)
-        return jnp.where(warm, adapted, 1 / self.num_timesteps)
+        latest = jnp.where(warm, adapted, 1 / self.num_timesteps)
+        return jnp.where(step == state.step, state.probabilities, latest)
 
-    def draw(self, state, shared_key, keys, position):
-        p = self.probabilities(state)
+    def draw(self, state, step, shared_key, keys, position):
+        p = self.probabilities(state, step)
         t = jax.vmap(lambda key: jax.random.categorical(key, jnp.log(p)))(keys)
         return t.astype(position.dtype), 1 / (self.num_timesteps * p[t])
 
-    def update(self, state, t, loss):
+    def update(self, state, step, t, loss):
         t = t.astype(jnp.int32)
         same = t[:, None] == t[None, :]
         earlier = jnp.sum(jnp.tril(same, -1), axis=1)
@@ -108,8 +127,12 @@ class LossSecondMoment:
         # Of more than `length` losses at one t only the last ones are written: no slot twice.
         row = jnp.where(later < self.length, t, self.num_timesteps)
         slot = (state.counts[t] + earlier) % self.length
-        losses = state.losses.at[row, slot].set(loss, mode="drop")
-        return LossHistory(losses, state.counts.at[t].add(1))
+        return LossHistory(
+            losses=state.losses.at[row, slot].set(loss, mode="drop"),
+            counts=state.counts.at[t].add(1),
+            step=step,
+            probabilities=self.probabilities(state, step),
+        )
 
 
 TIME_SAMPLERS = {

@@ -63,7 +63,7 @@ class DiffusionObjective:
         x0 = self._images(batch, keys)
         position = keys.index.astype(x0.dtype) / keys.batch_size
         t, importance = self.time_sampler.draw(
-            extra, keys.shared(Stream.TIME), keys.per_example(Stream.TIME), position
+            extra, step, keys.shared(Stream.TIME), keys.per_example(Stream.TIME), position
         )
         eps = per_example_normal(keys.per_example(Stream.NOISE), x0)
         xt = q_sample(self.chain, x0, t, eps)
@@ -75,7 +75,8 @@ class DiffusionObjective:
             keys.per_example(Stream.DROPOUT) if self.augment else None,
         )
         loss = self._loss(output, x0, xt, eps, t)
-        return loss * importance, self._metrics(loss, t), self.time_sampler.update(extra, t, loss)
+        extra = self.time_sampler.update(extra, step, t, loss)
+        return loss * importance, self._metrics(loss, t), extra
 
     def _images(self, batch: dict[str, Array], keys: StepKeys) -> Array:
         x0 = from_levels(batch["image"], self.num_levels)

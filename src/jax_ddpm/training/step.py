@@ -35,7 +35,7 @@ def train_step(
         trained = {name: params[name] for name in phase.trains}
         updates, opt_state[i] = phase.optimiser.update(gradients, opt_state[i], trained)
         params |= optax.apply_updates(trained, updates)
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         loss, _ = phase_metrics["loss"]
         finite &= jnp.isfinite(gradient_norm) & jnp.isfinite(loss)
         metrics |= phase_metrics | {
@@ -49,7 +49,7 @@ def train_step(
     }
     proposed = state._replace(params=params, ema=ema, opt_state=tuple(opt_state), extra=extra)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
-    metrics["parameter_norm"] = _single(optax.global_norm(state.params))
+    metrics["parameter_norm"] = _single(optax.tree.norm(state.params))
     metrics["finite"] = _single(finite.astype(jnp.float32))
     return state._replace(step=state.step + 1), metrics
 
@@ -96,11 +96,11 @@ def _gradients(
     return jax.tree.map(lambda g: g / keys.batch_size, gradients), metrics, extra
 
 
-def _single(value: Array) -> tuple[Array, Array]:
+def _single(value: Any) -> tuple[Array, Array]:
     return jnp.asarray(value, jnp.float32), jnp.ones(())
 
 
-def _moving_average(average: Any, params: Any, decay: Array) -> Any:
+def _moving_average(average: Any, params: Any, decay: Any) -> Any:
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
 
 

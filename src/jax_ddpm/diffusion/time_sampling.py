@@ -1,7 +1,8 @@
 """How training picks t: uniformly, stratified over the global batch, or by the loss's size.
 
-A time sampler is ``init() → state``, ``draw(state, step, …) → (t, weight)`` and ``update(state,
-step, t, loss) → state``; ``weight`` makes the weighted loss an unbiased estimate of its mean over uniform t.
+A time sampler is ``init() → state``, ``draw(state, step, …) → (t, weight)`` and
+``update(state, step, t, loss) → state``; ``weight`` makes the weighted loss an unbiased estimate of
+its mean over uniform t.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,11 @@ import numpy as np
 
 from jax_ddpm.errors import UserError
 from jax_ddpm.training.state import Metrics
+
+
+def weighted_means(sums: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    """Total over weight of each metric that has any weight."""
+    return {name: float(total / weight) for name, (total, weight) in sums.items() if weight > 0}
 
 
 class Meter:
@@ -60,9 +65,7 @@ class Meter:
         """Means over the fetched steps since the last call, with ``images_per_second``."""
         if not self._steps:
             self._fetch(0)
-        means = {
-            name: float(total / weight) for name, (total, weight) in self._sums.items() if weight
-        }
+        means = weighted_means(self._sums)
         seconds = time.perf_counter() - self._start
         means["images_per_second"] = self._steps * self._batch_size / seconds
         self._reset()

@@ -127,6 +127,8 @@ class TestMetricWriter:
     def test_starts_anew(self, tmp_path):
         """No points of an abandoned run stay behind."""
         self.write(tmp_path)
+        (of_this_second,) = (tmp_path / "tensorboard").iterdir()
+        of_this_second.rename(of_this_second.with_name("events.out.tfevents.1.host"))
         with MetricWriter(tmp_path) as writer:
             writer.write(5, {"loss": 0.125})
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.training.state import Metrics
 
 
-def weighted_means(sums: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+def weighted_means(sums: Mapping[str, Any]) -> dict[str, float]:
     """Total over weight of each metric that has any weight."""
     return {name: float(total / weight) for name, (total, weight) in sums.items() if weight > 0}
 

@@ -74,7 +74,7 @@ def run_sample() -> pathlib.Path:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; what it does not understand is one line and exit code 1."""
-    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         name, equals, path = flag.lstrip("-").partition("=")
         path = path if equals else following
         if name == "config" and not pathlib.Path(path).is_file():

@@ -38,12 +38,12 @@ class ArraySource:
 
     def __init__(self, splits: dict[str, Batch], num_levels: int, identity: str):
         images: UInt8[np.ndarray, "n h w c"] = splits["train"]["image"]
-        labels = splits["train"].get("label")
+        labels = [split["label"] for split in splits.values() if "label" in split]
         self._splits = splits
         self.spec = Spec(
             image_shape=images.shape[1:],
             num_levels=num_levels,
-            num_classes=0 if labels is None else int(labels.max()) + 1,
+            num_classes=1 + max((int(split.max()) for split in labels), default=-1),
             split_sizes={name: len(split["image"]) for name, split in splits.items()},
             identity=identity,
         )

@@ -75,9 +75,9 @@ def run_sample() -> pathlib.Path:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; what it does not understand is one line and exit code 1."""
     for flag, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-        name, equals, path = flag.lstrip("-").partition("=")
+        name, equals, path = flag.partition("=")
         path = path if equals else following
-        if name == "config" and not pathlib.Path(path).is_file():
+        if name in ("-config", "--config") and not pathlib.Path(path).is_file():
             sys.exit(f"error: --config: no file {path!r}; give the path of a config in configs/")
     try:
         return flags.FLAGS(argv)
@@ -85,7 +85,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         message: object = error
     except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
         message = error
-        while isinstance(message, Exception):
+        while isinstance(message, Exception) and message.args:
             message = message.args[0]
         message = f"--config: unknown field {message}"
     sys.exit(f"error: {' '.join(str(message).split())}; --help lists all flags")

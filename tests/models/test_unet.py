@@ -31,7 +31,7 @@ def count(params):
     ids=["cifar10", "256"],
 )
 def test_has_the_papers_number_of_parameters(unet, size, expected):
-    """Counted independently in the paper's own code and in PyTorch."""
+    """Both confirmed with an independent implementation of the paper."""
     _, params = shapes_of(unet, size, size, 3)
     assert count(params) == expected
 

@@ -35,6 +35,10 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
         spec = Spec(**json.loads((workdir / "data.json").read_text()))
     except FileNotFoundError as error:
         raise UserError(f"--workdir={workdir}: no run there; train into it first") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"--workdir={workdir}: config.json or data.json is damaged, or from another version"
+        ) from error
     height, width, channels = spec.image_shape
     return config, spec._replace(image_shape=(height, width, channels))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_ddpm.data.plan import padded_batches
+from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.time_sampling import Stratified
 from jax_ddpm.keys import StepKeys, Stream, stream_key
@@ -19,7 +19,8 @@ class HeldOut:
     """The mean loss of the held-out split, under the same times and noise at every call.
 
     Flips, dropout and label drop are off, and times are spread evenly over the examples, so that
-    differences between calls are differences between parameters. At most ``max_examples`` are used.
+    differences between calls are differences between parameters. At most ``max_examples`` are used,
+    picked at random but always the same.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class HeldOut:
         whole = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, PartitionSpec("data"))
         self._evaluate = jax.jit(evaluate, in_shardings=(whole, split, split, split))
+        chosen = batch_indices(0, 0, count, source.spec.split_sizes["heldout"])
         self._batches = [
-            (source.batch("heldout", index), index, mask)
+            (source.batch("heldout", chosen[index]), index, mask)
             for index, mask in padded_batches(count, batch_size)
         ]
 

@@ -52,8 +52,12 @@ class Meter:
             step, metrics = self._pending.popleft()
             sums = {name: np.array(pair) for name, pair in jax.device_get(metrics).items()}
             if sums.pop("finite")[0] < 1:
-                culprits = ("loss", "gradient_norm")
-                bad = [name for name in culprits if not np.isfinite(sums[name][0])]
+                bad = [
+                    name
+                    for kind in ("loss", "gradient_norm")
+                    for name in sums
+                    if name.endswith(kind) and not np.isfinite(sums[name][0])
+                ]
                 raise UserError(
                     f"step {step}: {' and '.join(bad)} not finite; the update was not applied. "
                     "Lower training.learning_rate or train with model.dtype=float32"

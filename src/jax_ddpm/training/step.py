@@ -38,10 +38,12 @@ def train_step(
         gradient_norm = optax.tree.norm(gradients)
         loss, _ = phase_metrics["loss"]
         finite &= jnp.isfinite(gradient_norm) & jnp.isfinite(loss)
-        metrics |= phase_metrics | {
+        phase_metrics |= {
             "gradient_norm": _single(gradient_norm),
             "learning_rate": _single(phase.learning_rate(state.step)),
         }
+        prefix = "" if len(recipe.phases) == 1 else "+".join(phase.trains) + "/"
+        metrics |= {prefix + name: metric for name, metric in phase_metrics.items()}
 
     ema = {
         name: _moving_average(state.ema[name], params[average.source], average.decay(state.step))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jax_ddpm.diffusion.chain import Chain, q_posterior
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
-from jax_ddpm.diffusion.parameterisation import Prediction
+from jax_ddpm.diffusion.parameterisation import Prediction, learned_variance_bounds
 from jax_ddpm.diffusion.process import expand, fold_in, per_example_normal, q_sample
 
 ModelVariance = Literal["fixedsmall", "fixedlarge", "learned"]
@@ -77,10 +77,8 @@ def model_log_variance(
         largest = np.log(np.append(chain.posterior.variance[1], chain.betas[1:]))
         return expand(chain.gather(largest, t), xt)
     assert prediction.variance_fraction is not None, "this model predicts no variance"
-    span = np.log(chain.betas) - smallest
-    return expand(chain.gather(smallest, t), xt) + prediction.variance_fraction * expand(
-        chain.gather(span, t), xt
-    )
+    lowest, span = (expand(bound, xt) for bound in learned_variance_bounds(chain, t))
+    return lowest + prediction.variance_fraction * span
 
 
 def bound_term(

@@ -165,6 +165,8 @@ WRONG = {
     "no_data_file": (["--config=configs/cifar10.py", "--config.data.path=no.npz"], "no.npz"),
     "no_workdir": (["--mode=sample"], "--workdir"),
     "empty_workdir": (["--mode=sample", "--workdir=configs"], "configs"),
+    "workdir_is_a_file": (["--mode=sample", "--workdir=setup.cfg"], "setup.cfg"),
+    "out_is_a_folder": (["--mode=sample", "--workdir={digits}", "--out=configs"], "configs"),
     "training_again": ([DIGITS, "--workdir={digits}"], "{digits}"),
     "unknown_class": (["--mode=sample", "--workdir={conditional}", "--class=10"], "0 to 9"),
     "no_classes": (["--mode=sample", "--workdir={digits}", "--class=1"], "--class"),

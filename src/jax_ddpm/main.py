@@ -55,6 +55,9 @@ def run_sample() -> pathlib.Path:
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
     workdir = pathlib.Path(_WORKDIR.value)
+    out = pathlib.Path(_OUT.value or workdir / "samples.png")
+    if out.is_dir() or out.suffix != ".png":
+        raise UserError(f"--out={out}: give the name of a .png file")
     config, spec = checkpoint.load_identity(workdir)
     model = factory.Model(config, spec)
     params = checkpoint.restore(workdir)["ema"]["network"]
@@ -63,7 +66,6 @@ def run_sample() -> pathlib.Path:
         raise UserError(f"--progressive={moments}: the chain has {model.chain.num_timesteps} steps")
     generator = Generator(model, config.sampling.batch_size, data_mesh(), moments)
     x, x0 = generator.snapshots(params, _SEED.value, _NUM_SAMPLES.value, _CLASS.value)
-    out = pathlib.Path(_OUT.value or workdir / "samples.png")
     if moments == 1:
         images.save_grid(out, x[-1], generator.columns(_NUM_SAMPLES.value, _CLASS.value))
     else:

@@ -1,7 +1,7 @@
 """Initialisers that draw on the host.
 
-A network has some fifty parameter shapes, and compiling a random program for each takes seconds;
-NumPy draws all of CIFAR-10's 36 million values in a fraction of one.
+A network has some fifty parameter shapes, and JAX would compile a random program for each; NumPy
+draws at once.
 """
 
 import dataclasses

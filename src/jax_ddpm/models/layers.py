@@ -48,8 +48,8 @@ def sinusoidal_embedding(
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) over ``[batch, height, width, channels]``.
 
-    Moments are summed per channel, then folded into groups, and applied as one multiply-add: on a
-    CPU 2-4 times faster than normalising a five-axis view. Statistics are float32; ε is 1e-6.
+    Moments are summed per channel, then folded into groups, and applied as one multiply-add, which
+    spares a CPU the five-axis view. Statistics are float32; ε is 1e-6.
     """
 
     num_groups: int

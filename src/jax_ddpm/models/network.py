@@ -39,7 +39,6 @@ def _draw_parameters(module: nn.Module, key: Any, *inputs: Any) -> Any:
 
     The forward pass is only traced for shapes, while each layer is noted by its path; then every
     parameter is drawn on the host by its layer's own initialiser, from the key and its path.
-    Compiling ``module.init`` instead takes 9-17 s for the CIFAR-10 network.
     """
     layers: dict[tuple[str, ...], nn.Module] = {}
 

@@ -33,7 +33,7 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
         config = default()
         config.update(json.loads((workdir / "config.json").read_text()))
         spec = Spec(**json.loads((workdir / "data.json").read_text()))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"--workdir={workdir}: no run there; train into it first") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(

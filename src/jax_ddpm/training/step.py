@@ -90,7 +90,7 @@ def _gradients(
         lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys.index)
     )
     # The first part stays out of the loop: in a loop XLA's CPU backend runs the gradients of
-    # convolutions some 30 times slower (jax issue 12868).
+    # convolutions many times slower (jax issue 12868).
     carry = part_gradients(extra, jax.tree.map(lambda x: x[0], parts))
     if accumulate > 1:
         carry, _ = jax.lax.scan(add_part, carry, jax.tree.map(lambda x: x[1:], parts))

@@ -12,10 +12,14 @@ def default() -> ConfigDict:
     """All fields; a config in ``configs/`` changes those that make its experiment."""
     config = ConfigDict()
     config.seed = 0
+    config.parallel = "jit"  # over a mesh of all devices; or pmap
+    config.init_from = ""  # workdir whose averaged parameters to start from
 
     config.data = ConfigDict()
-    config.data.source = "digits"  # digits | npz
-    config.data.path = ""  # of the .npz file
+    config.data.source = "digits"  # digits | npz | idx | cifar10 | folder | tfds
+    config.data.path = ""  # of the file or folder; for tfds its data_dir
+    config.data.name = ""  # of the tfds set, e.g. "cifar10" or "imagenet_resized/64x64:0.1.0"
+    config.data.image_size = 0  # resize and crop to a square (folder, tfds); 0: as they are
     config.data.flip = False  # random horizontal flips
 
     config.model = ConfigDict()
@@ -62,6 +66,9 @@ def default() -> ConfigDict:
     config.training.heldout_every = 5000
     config.training.heldout_examples = 1024  # at most
     config.training.sample_every = 20_000
+    config.training.checkpoint_every = 5000
+    config.training.keep_last = 2  # checkpoints
+    config.training.keep_every = 100_000  # and each at a multiple of this step for good
 
     config.sampling = ConfigDict()
     config.sampling.num_samples = 64

@@ -2,7 +2,20 @@
 
 Importing this package loads nothing heavy; import the room you need:
 ``jax_ddpm.diffusion`` (the mathematics), ``jax_ddpm.models`` (networks),
-``jax_ddpm.training``, ``jax_ddpm.generate``.
+``jax_ddpm.training``, ``jax_ddpm.generate``; or ``load`` a trained model and ``sample`` from it.
 """
 
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jax_ddpm.trained import Trained
+
 __version__ = "0.1.0"
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None, raw: bool = False) -> "Trained":
+    """The model that a run trained; see ``jax_ddpm.trained.load``."""
+    from jax_ddpm import trained
+
+    return trained.load(workdir, step, raw)

@@ -1,19 +1,21 @@
 """The batched sampling driver."""
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.loop import Snapshots, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.keys import Stream, example_keys, stream_key
+from jax_ddpm.stopping import Poll, never
 
 _MAX_COLUMNS = 10
 
@@ -27,7 +29,7 @@ class Generator:
 
     def __init__(self, model: Model, batch_size: int, mesh: Mesh, num_snapshots: int = 1):
         batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._model, self._batch_size = model, batch_size
+        self._model, self.batch_size = model, batch_size
         whole = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, PartitionSpec("data"))
         by_snapshot = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -45,37 +47,69 @@ class Generator:
             run, in_shardings=(whole, whole, split, split), out_shardings=by_snapshot
         )
 
+    def draw(
+        self,
+        params: Any,
+        seed: int,
+        starts: Iterable[int],
+        label: int | None = None,
+        poll: Poll = never,
+    ) -> Iterator[tuple[int, Snapshots]]:
+        """For each start the samples ``start, …, start + batch_size - 1`` of the seed, on the host.
+
+        The next batch is under way while the caller handles one; ``poll`` is called before each.
+        """
+        denoiser, key = self._model.denoiser(params), jax.random.key(seed)
+        running: list[tuple[int, Any]] = []
+        for start in starts:
+            poll()
+            index = np.arange(start, start + self.batch_size, dtype=np.int32)
+            labels = self.labels(index, label)
+            conditioning = {} if labels is None else {"label": labels}
+            running.append((start, self._run(denoiser, key, index, conditioning)))
+            if len(running) == 2:
+                done, snapshots = running.pop(0)
+                yield done, jax.device_get(snapshots)
+        for done, snapshots in running:
+            yield done, jax.device_get(snapshots)
+
     def __call__(
-        self, params: Any, seed: int, num_samples: int, label: int | None = None
+        self,
+        params: Any,
+        seed: int,
+        num_samples: int,
+        label: int | None = None,
+        poll: Poll = never,
     ) -> Float[np.ndarray, "n h w c"]:
         """Samples 0, …, num_samples-1 of the seed, float in about [-1, 1].
 
-        With a conditional model sample i is of class ``label``, or where that is None of the class
-        of its column in the grid.
+        With a conditional model sample i is of class ``label``, or where that is None of class
+        i modulo the number of classes.
         """
-        return self.snapshots(params, seed, num_samples, label)[0][-1]
+        return self.snapshots(params, seed, num_samples, label, poll)[0][-1]
 
     def snapshots(
-        self, params: Any, seed: int, num_samples: int, label: int | None = None
+        self,
+        params: Any,
+        seed: int,
+        num_samples: int,
+        label: int | None = None,
+        poll: Poll = never,
     ) -> tuple[Float[np.ndarray, "k n h w c"], Float[np.ndarray, "k n h w c"]]:
         """x_t and the predicted x_0 of each sample at evenly spaced steps, the last one its end."""
-        denoiser, key = self._model.denoiser(params), jax.random.key(seed)
-        labels = self._labels(num_samples, label)
-        parts = []
-        for start in range(0, num_samples, self._batch_size):
-            index = np.arange(start, start + self._batch_size, dtype=np.int32)
-            rows = {name: array[index % num_samples] for name, array in labels.items()}
-            parts.append(jax.device_get(self._run(denoiser, key, index, rows)))
+        starts = range(0, num_samples, self.batch_size)
+        parts = [part for _, part in self.draw(params, seed, starts, label, poll)]
         x, x0 = (np.concatenate(part, axis=1)[:, :num_samples] for part in zip(*parts, strict=True))
         return x, x0
 
-    def columns(self, num_samples: int, label: int | None = None) -> int:
-        """Columns of a grid: a class in each, or about as many as rows."""
-        if self._model.num_classes and label is None:
-            return min(self._model.num_classes, _MAX_COLUMNS)
-        return math.ceil(math.sqrt(num_samples))
+    def labels(
+        self, index: Int[np.ndarray, " n"], label: int | None = None
+    ) -> Int[np.ndarray, " n"] | None:
+        """The class of each sample; None where the model has none.
 
-    def _labels(self, num_samples: int, label: int | None) -> dict[str, np.ndarray]:
+        Raises:
+          UserError: where the model has no such class.
+        """
         classes = self._model.num_classes
         if label is not None and not 0 <= label < classes:
             raise UserError(
@@ -84,6 +118,11 @@ class Generator:
                 else f"--class={label}: this model has no classes; leave --class out"
             )
         if not classes:
-            return {}
-        by_column = np.arange(num_samples, dtype=np.int32) % self.columns(num_samples)
-        return {"label": by_column if label is None else np.full_like(by_column, label)}
+            return None
+        return index % classes if label is None else np.full_like(index, label)
+
+    def columns(self, num_samples: int, label: int | None = None) -> int:
+        """Columns of a grid: a class in each, or about as many as rows."""
+        if self._model.num_classes and label is None:
+            return min(self._model.num_classes, _MAX_COLUMNS)
+        return math.ceil(math.sqrt(num_samples))

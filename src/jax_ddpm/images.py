@@ -40,8 +40,23 @@ def grid(
 
 def save_grid(path: pathlib.Path, images: Float[np.ndarray, "n h w c"], columns: int) -> None:
     """Writes images in [-1, 1], gray (one channel) or colour (three), as one PNG grid."""
+    save_png(path, grid(to_uint8(images), columns))
+
+
+def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
+    """Writes one image at once: whoever finds the file, also after a kill, finds it whole."""
     from PIL import Image
 
-    picture = grid(to_uint8(images), columns)
+    partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(path, "PNG")
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, "PNG")
+    partial.replace(path)
+
+
+def load_png(path: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
+    """Reads what ``save_png`` wrote."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -1,7 +1,11 @@
-"""Trains and samples from the command line.
+"""Trains, samples and checks from the command line.
 
 python -m jax_ddpm.main --config=configs/digits.py
+python -m jax_ddpm.main --mode=check --config=configs/cifar10.py
 python -m jax_ddpm.main --mode=sample --workdir=runs/digits --num_samples=100 --out=more.png
+
+Exit codes: 0 done; 1 a mistake, explained in one line; 75 stopped by SIGTERM or Ctrl-C with
+everything saved: the same command goes on.
 """
 
 import pathlib
@@ -12,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jax_ddpm.errors import UserError
+from jax_ddpm.stopping import EXIT_CODE, Poll, Stopped, StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file; set single fields with --config.section.field=value."
@@ -19,58 +24,84 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; for training runs/<config name> by default."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "check"], "What to do.")
+_ACCEPT_CHANGES = flags.DEFINE_bool(
+    "accept_changes", False, "Go on with a run although its config or data has changed in meaning."
+)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "Images to sample.", lower_bound=1)
-_CLASS = flags.DEFINE_integer("class", None, "Class to sample; one in each column by default.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
+_SAMPLE_BATCH = flags.DEFINE_integer(
+    "sample_batch", None, "Images at a time; by default as in the run's config.", lower_bound=1
+)
+_CLASS = flags.DEFINE_integer("class", None, "Class to sample; all in turn by default.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**32 - 1
+)
+_EMA = flags.DEFINE_bool("ema", None, "Sample from the averaged parameters (the default).")
+_RAW = flags.DEFINE_bool("raw", None, "Sample from the raw parameters.")
+_CHECKPOINT_STEP = flags.DEFINE_integer(
+    "checkpoint_step", None, "Sample from the checkpoint of this step; the newest by default."
+)
 _PROGRESSIVE = flags.DEFINE_integer(
     "progressive", 1, "Show each image at this many moments of its making.", lower_bound=1
 )
-_OUT = flags.DEFINE_string("out", None, "PNG to write; <workdir>/samples.png by default.")
+_OUT = flags.DEFINE_string(
+    "out", None, "A .png for a grid, an .npz, or a folder of images; <workdir>/samples.png."
+)
 
 
-def run_train() -> pathlib.Path:
+def _train_workdir() -> pathlib.Path:
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; for example --config=configs/digits.py")
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return pathlib.Path(_WORKDIR.value or f"runs/{name}")
+
+
+def run_train(poll: Poll) -> pathlib.Path:
     """Trains what ``--config`` says and returns the last picture."""
+    workdir = _train_workdir()
     import jax
 
     from jax_ddpm.config import validate
     from jax_ddpm.training.loop import train
 
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; for example --config=configs/digits.py")
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     validate(_CONFIG.value, jax.device_count())
-    return train(_CONFIG.value, pathlib.Path(_WORKDIR.value or f"runs/{name}"))
+    return train(_CONFIG.value, workdir, accept_changes=_ACCEPT_CHANGES.value, poll=poll)
 
 
-def run_sample() -> pathlib.Path:
-    """Samples from the averaged parameters in ``--workdir`` and returns the picture."""
-    import numpy as np
+def run_check(poll: Poll) -> str:
+    """Says whether ``--config`` would train here, without training."""
+    workdir = _train_workdir()
+    from jax_ddpm.preflight import Preflight
 
-    from jax_ddpm import factory, images
-    from jax_ddpm.generate import Generator
-    from jax_ddpm.training import checkpoint
-    from jax_ddpm.training.step import data_mesh
+    Preflight(_CONFIG.value, workdir).run()
+    return "ready to train"
 
+
+def run_sample(poll: Poll) -> pathlib.Path:
+    """Samples from the run in ``--workdir`` and returns what was written."""
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
+    if _EMA.value and _RAW.value:
+        raise UserError("--ema and --raw: give one of them")
+    from jax_ddpm.sampling import write_samples
+    from jax_ddpm.trained import load
+
     workdir = pathlib.Path(_WORKDIR.value)
     out = pathlib.Path(_OUT.value or workdir / "samples.png")
-    if out.is_dir() or out.suffix != ".png":
-        raise UserError(f"--out={out}: give the name of a .png file")
-    config, spec = checkpoint.load_identity(workdir)
-    model = factory.Model(config, spec)
-    params = checkpoint.restore(workdir)["ema"]["network"]
-    moments = _PROGRESSIVE.value
-    if moments > model.chain.num_timesteps:
-        raise UserError(f"--progressive={moments}: the chain has {model.chain.num_timesteps} steps")
-    generator = Generator(model, config.sampling.batch_size, data_mesh(), moments)
-    x, x0 = generator.snapshots(params, _SEED.value, _NUM_SAMPLES.value, _CLASS.value)
-    if moments == 1:
-        images.save_grid(out, x[-1], generator.columns(_NUM_SAMPLES.value, _CLASS.value))
-    else:
-        pairs = np.stack([x, x0]).transpose(2, 0, 1, 3, 4, 5)  # image, x_t or x_0, moment
-        images.save_grid(out, pairs.reshape(-1, *x.shape[2:]), columns=moments)
+    raw = bool(_RAW.value) or _EMA.value is False
+    trained = load(workdir, _CHECKPOINT_STEP.value, raw)
+    kind = "raw" if raw else "averaged"
+    print(f"sampling from the {kind} parameters of step {trained.step:,}", file=sys.stderr)
+    write_samples(
+        trained,
+        out,
+        _NUM_SAMPLES.value,
+        seed=_SEED.value,
+        label=_CLASS.value,
+        batch_size=_SAMPLE_BATCH.value,
+        moments=_PROGRESSIVE.value,
+        poll=poll,
+    )
     return out
 
 
@@ -95,15 +126,29 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Runs one mode; a mistake of the user's is one line and exit code 1."""
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs with tracebacks what it then raises
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    modes = {"train": run_train, "sample": run_sample, "check": run_check}
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
-        picture = {"train": run_train, "sample": run_sample}[_MODE.value]()
+        with StopRequest() as stop:
+            result = modes[_MODE.value](stop.poll)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(picture)
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'writing failed'}: {error.strerror or error}")
+    except RuntimeError as error:  # XLA's
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            "error: the device is out of memory; raise training.accumulate, set model.remat, or "
+            "lower training.batch_size or --sample_batch; --mode=check estimates what is needed"
+        )
+    except Stopped as signal:
+        print(f"stopped by {signal}; the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    print(result)
 
 
 if __name__ == "__main__":

@@ -1,69 +1,285 @@
-"""What a finished run leaves: parameters, their averages, its config and its data's spec."""
+"""Checkpoints: ``<workdir>/checkpoints/<step>/`` with one item for each part of the state.
 
+A checkpoint appears whole or not at all: Orbax writes it beside its place in the background and
+renames it. ``manifest.json`` in it holds the SHA-256 of every file of the items, since Orbax itself
+restores from damaged files without a word.
+"""
+
+import contextlib
+import hashlib
 import json
 import pathlib
+import shutil
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_ddpm.config import default
-from jax_ddpm.data.source import Spec
 from jax_ddpm.errors import UserError
+from jax_ddpm.keys import Stream, stream_key
+from jax_ddpm.models.network import Network
+from jax_ddpm.training.state import TrainState
+
+_MANIFEST = "manifest.json"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_DELETED = ".deleted"
 
 
-def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None:
-    """Notes what the run is, in ``config.json`` and ``data.json``, making the folder.
+class Damaged(Exception):
+    """A checkpoint whose files are not those that were written."""
+
+
+def folder(workdir: pathlib.Path) -> pathlib.Path:
+    """Where the checkpoints of a run lie."""
+    return (workdir / "checkpoints").absolute()
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """The steps with a finished checkpoint, in order."""
+    found = folder(workdir).glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def verify(workdir: pathlib.Path, step: int, items: Iterable[str] | None = None) -> None:
+    """Compares the files of the items, of all by default, with the manifest.
 
     Raises:
-      UserError: where the workdir cannot be written.
+      Damaged: naming the first file that is missing or differs.
     """
+    path = folder(workdir) / str(step)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
-        (workdir / "data.json").write_text(json.dumps(spec._asdict(), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+        manifest = json.loads((path / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{_MANIFEST} cannot be read") from error
+    wanted = {name.partition("/")[0] for name in manifest} if items is None else set(items)
+    for name, digest in manifest.items():
+        if name.partition("/")[0] not in wanted:
+            continue
+        if not (path / name).is_file():
+            raise Damaged(f"{name} is missing")
+        if _digest(path / name) != digest:
+            raise Damaged(f"{name} has changed since it was written")
 
 
-def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
-    """The config that a workdir was trained with and the spec of its data."""
-    try:
-        config = default()
-        config.update(json.loads((workdir / "config.json").read_text()))
-        spec = Spec(**json.loads((workdir / "data.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"--workdir={workdir}: no run there; train into it first") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | None:
+    """Step of the newest checkpoint that is whole, warning of damaged newer ones.
+
+    None where there is no checkpoint.
+
+    Raises:
+      UserError: where there are checkpoints, but all are damaged.
+    """
+    for step in reversed(steps(workdir)):
+        try:
+            verify(workdir, step, items)
+        except Damaged as damage:
+            warnings.warn(f"checkpoint {step} is damaged: {damage}", stacklevel=2)
+        else:
+            return step
+    if steps(workdir):
         raise UserError(
-            f"--workdir={workdir}: config.json or data.json is damaged, or from another version"
-        ) from error
-    height, width, channels = spec.image_shape
-    return config, spec._replace(image_shape=(height, width, channels))
+            f"--workdir={workdir}: every checkpoint is damaged; to start over use another --workdir"
+        )
+    return None
 
 
-def exists(workdir: pathlib.Path) -> bool:
-    """Whether a finished run lies in the workdir."""
-    return (workdir / "checkpoint").is_dir()
+def restore_item(workdir: pathlib.Path, step: int, item: str) -> dict[str, Any]:
+    """One item of a checkpoint, such as "ema" or "params", as NumPy arrays.
 
-
-def save(workdir: pathlib.Path, items: dict[str, Any]) -> None:
-    """Writes the named trees; returns when they are on disk."""
+    Raises:
+      UserError: where it is damaged, or Orbax cannot read it.
+    """
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((workdir / "checkpoint").absolute(), items)
+    path = folder(workdir) / str(step) / item
+    try:
+        verify(workdir, step, [item])
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except (Damaged, OSError, ValueError) as error:
+        raise UserError(f"checkpoint {step} in {workdir}: {_one_line(error)}") from error
 
 
-def restore(workdir: pathlib.Path) -> dict[str, Any]:
-    """The saved trees as NumPy arrays."""
-    import orbax.checkpoint as ocp
+class Checkpoints:
+    """Saves and restores the train state of a run; to be closed, which waits for the last save.
 
-    if not exists(workdir):
-        raise UserError(f"--workdir={workdir}: no checkpoint there; train to the end first")
-    path = (workdir / "checkpoint").absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
+    Kept are the last ``keep_last`` and those at multiples of ``keep_every`` (0: none).
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep_last: int, keep_every: int):
+        import orbax.checkpoint as ocp
+
+        self._workdir, self._folder = workdir, folder(workdir)
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob("*"):
+            if _UNFINISHED in path.name:
+                step, _, _ = path.name.partition(".")
+                warnings.warn(f"checkpoint {step} was not finished; it is removed", stacklevel=2)
+            if _UNFINISHED in path.name or path.name.endswith(_DELETED):
+                shutil.rmtree(path)
+        self._saver = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._sign),
+        )
+        self.last: int | None = None  # step saved or restored last
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        with contextlib.suppress(UserError) if error else contextlib.nullcontext():
+            self.wait()
+        self._saver.close()
+
+    def save(self, state: TrainState, config: ConfigDict, progress: dict[str, Any]) -> None:
+        """Saves in the background, after copying the state to the host.
+
+        ``progress`` is what the loop needs beside the state, as JSON.
+
+        Raises:
+          UserError: where this or the previous save failed; earlier checkpoints stay as they are.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        self.last = int(state.step)
+        args = {name: ocp.args.StandardSave(item) for name, item in self._items(state).items()}
+        args["progress"] = ocp.args.JsonSave(progress | {"step": self.last})
+        args["config"] = ocp.args.JsonSave(json.loads(config.to_json()))
+        try:
+            self._saver.save(self._folder / str(self.last), args=ocp.args.Composite(**args))
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _items(self, state: TrainState) -> dict[str, Any]:
+        """The parts of the state but the step; Orbax refuses empty ones."""
+        items = {name: getattr(state, name) for name in ("params", "ema", "opt_state", "extra")}
+        return {name: item for name, item in items.items() if jax.tree.leaves(item)}
+
+    def _sign(self) -> None:
+        """Puts the manifest into a checkpoint that is complete but not yet renamed."""
+        (path,) = self._folder.glob(f"{self.last}{_UNFINISHED}*")
+        files = sorted(file for file in path.glob("*/**/*") if file.is_file())
+        manifest = {file.relative_to(path).as_posix(): _digest(file) for file in files}
+        (path / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def check(self) -> None:
+        """Raises UserError as soon as a save in the background has failed."""
+        try:
+            self._saver.check_for_errors()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk and superseded checkpoints are deleted."""
+        try:
+            self._saver.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+        for step in steps(self._workdir)[: -self._keep_last]:
+            if not self._keep_every or step % self._keep_every:
+                # Renamed first: what is deleted halfway must not look like a checkpoint.
+                path = self._folder / str(step)
+                shutil.rmtree(path.rename(path.with_name(path.name + _DELETED)))
+
+    def _failure(self, error: Exception) -> UserError:
+        kept = steps(self._workdir)
+        return UserError(
+            f"checkpoint {self.last} could not be written ({_one_line(error)}); "
+            + (f"checkpoint {kept[-1]} is the last one" if kept else "there is none before it")
+        )
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest whole checkpoint in place of ``state``, and its progress.
+
+        ``state`` says the structure and how it lies on the devices, on which and on how many may
+        have changed. Damaged newer checkpoints are set aside in ``damaged/``. Without a checkpoint
+        ``state`` itself is returned, and {}.
+
+        Raises:
+          UserError: where all are damaged, or the checkpoint is of another structure.
+        """
+        import orbax.checkpoint as ocp
+
+        step = newest(self._workdir)
+        if step is None:
+            return state, {}
+        for later in steps(self._workdir):
+            if later > step:
+                self._set_aside(later)
+        path = self._folder / str(step)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(path / "params").item_metadata.tree
+        _require_same_structure(state.params, stored, f"checkpoint {step} in {self._workdir}")
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        args: dict[str, Any] = {"progress": ocp.args.JsonRestore()}
+        for name, item in self._items(abstract).items():
+            args[name] = ocp.args.StandardRestore(item)
+        try:
+            restored = self._saver.restore(path, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(
+                f"checkpoint {step} in {self._workdir} does not fit this config: {_one_line(error)}"
+            ) from error
+        progress = restored["progress"]
+        arrays = {name: restored[name] for name in self._items(abstract)}
+        self.last = progress["step"]
+        count = jax.device_put(np.int32(progress.pop("step")), state.step.sharding)
+        return state._replace(step=count, **arrays), progress
+
+    def _set_aside(self, step: int) -> None:
+        aside = self._workdir / "damaged"
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        (self._folder / str(step)).rename(aside / str(step))
+
+
+def initial_parameters(config: ConfigDict, network: Network, seed: Any) -> Any:
+    """Drawn from the run's seed key, or the averages of the run ``config.init_from``.
+
+    Raises:
+      UserError: where there is no such run, or its network is another one.
+    """
+    params = network.init(stream_key(seed, Stream.PARAMETERS))
+    if not config.init_from:
+        return params
+    donor = pathlib.Path(config.init_from)
+    step = newest(donor, ["ema"])
+    if step is None:
+        raise UserError(f"config.init_from={donor}: no checkpoint there; give the folder of a run")
+    found = restore_item(donor, step, "ema")["network"]
+    _require_same_structure(params, found, f"config.init_from={donor}")
+    return jax.tree.map(jnp.asarray, found)
+
+
+def _require_same_structure(wanted: Any, found: Any, where: str) -> None:
+    """Raises UserError naming the first parameter that differs."""
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in leaves
+        }
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (wanted, found))
+    ]
+    for name in shapes[0] | shapes[1]:
+        needed, held = (tree.get(name, "absent") for tree in shapes)
+        if needed != held:
+            raise UserError(f"{where} holds another network: {name} is {held}, needed is {needed}")
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

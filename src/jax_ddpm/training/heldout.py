@@ -11,6 +11,7 @@ from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.time_sampling import Stratified
 from jax_ddpm.keys import StepKeys, Stream, stream_key
+from jax_ddpm.stopping import Poll, never
 from jax_ddpm.training.metrics import weighted_means
 from jax_ddpm.training.objective import DiffusionObjective
 
@@ -52,8 +53,11 @@ class HeldOut:
             for index, mask in padded_batches(count, batch_size)
         ]
 
-    def __call__(self, params: dict[str, Any]) -> dict[str, float]:
-        """``heldout_loss`` and its quarters of t."""
-        parts = [self._evaluate(params, *batch) for batch in self._batches]
+    def __call__(self, params: dict[str, Any], poll: Poll = never) -> dict[str, float]:
+        """``heldout_loss`` and its quarters of t; ``poll`` is called before each batch."""
+        parts = []
+        for batch in self._batches:
+            poll()
+            parts.append(self._evaluate(params, *batch))
         sums = jax.tree.map(lambda *values: sum(values), *jax.device_get(parts))
         return {f"heldout_{name}": mean for name, mean in weighted_means(sums).items()}

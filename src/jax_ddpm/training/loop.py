@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -8,84 +9,151 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images
+from jax_ddpm.data.loader import Loader
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
-from jax_ddpm.keys import Stream, stream_key
-from jax_ddpm.training import checkpoint
+from jax_ddpm.stopping import Poll, Stopped, never
+from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
 from jax_ddpm.training.heldout import HeldOut
-from jax_ddpm.training.metrics import Meter, MetricWriter, Progress
+from jax_ddpm.training.identity import require_same_run, save_identity
+from jax_ddpm.training.metrics import Meter, MetricWriter, NonFinite, Progress
 from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, data_mesh, replicate
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Trains into ``workdir`` and returns the path of the last sample grid.
+def train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    accept_changes: bool = False,
+    poll: Poll = never,
+) -> pathlib.Path:
+    """Trains into ``workdir`` up to ``training.num_steps``; returns the last sample grid's path.
 
-    Writes ``config.json``, ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and, at
-    the end, ``checkpoint/`` with the parameters and their averages. An unfinished run that lies
-    there is started over.
+    Writes ``config.json``, ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and
+    ``checkpoints/``. A run that lies there goes on from its newest whole checkpoint, to the same
+    parameters and the same ``metrics.jsonl`` as if it had never been interrupted.
+
+    Args:
+      accept_changes: go on although the config differs in meaning from the run's.
+      poll: called after every step; where it raises Stopped, all is saved before that passes on.
 
     Raises:
-      UserError: where the workdir holds a finished run, or a loss or gradient is not finite.
+      UserError: where the workdir cannot be written or holds another run, or a loss or gradient is
+        not finite.
     """
-    if checkpoint.exists(workdir):
-        raise UserError(
-            f"--workdir={workdir} already holds a finished run; sample from it with "
-            f"--mode=sample --workdir={workdir}, or train into another --workdir"
-        )
     source = factory.make_source(config)
-    checkpoint.save_identity(workdir, config, source.spec)
+    require_same_run(workdir, config, source.spec, accept_changes)
+    save_identity(workdir, config, source.spec)
+    try:
+        return _train(config, workdir, source, poll)
+    except NonFinite as error:
+        path = workdir / f"nonfinite_step_{error.step}.json"
+        num_examples = source.spec.split_sizes["train"]
+        batch = batch_indices(config.seed, error.step, config.training.batch_size, num_examples)
+        report = {"step": error.step, "not_finite": error.quantities, "examples": batch.tolist()}
+        path.write_text(json.dumps(report) + "\n")
+        raise UserError(f"{error}. The batch is noted in {path}") from error
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or workdir}: {error.strerror or error}; the checkpoints in {workdir} "
+            "are unharmed: mend this and give the same command again"
+        ) from error
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll) -> pathlib.Path:
     model = factory.Model(config, source.spec)
     objective = make_objective(config, model)
     recipe = make_recipe(config, objective)
     every, batch_size = config.training, config.training.batch_size
     num_steps, num_samples = config.training.num_steps, config.sampling.num_samples
-    num_examples = source.spec.split_sizes["train"]
+
+    def picture(done: int) -> pathlib.Path:
+        return workdir / "samples" / f"step_{done:07}.png"
 
     mesh, seed = data_mesh(), jax.random.key(config.seed)
-    params = {"network": model.network.init(stream_key(seed, Stream.PARAMETERS))}
-    heldout = HeldOut(objective, source, seed, mesh, batch_size, every.heldout_examples)
-    generator = Generator(model, config.sampling.batch_size, mesh)
-    step_fn = compile_step(recipe, mesh)
+    params = {"network": initial_parameters(config, model.network, seed)}
+    state = replicate(init_state(recipe, params, objective.init()), mesh)
 
-    meter = Meter(batch_size)
-    with MetricWriter(workdir) as writer, Progress(num_steps) as progress:
-        progress.say(describe(params, source, mesh))
-        state = replicate(init_state(recipe, params, objective.init()), mesh)
-        for step in range(num_steps):
-            indices = batch_indices(config.seed, step, batch_size, num_examples)
-            state, metrics = step_fn(state, source.batch("train", indices), seed)
-            meter.add(step, metrics)
-            progress.advance()
+    with Checkpoints(workdir, every.keep_last, every.keep_every) as checkpoints:
+        state, resumed = checkpoints.restore(state)
+        start = done = int(state.step)
+        if done > num_steps:
+            raise UserError(f"--workdir={workdir}: {done} steps are done; raise training.num_steps")
+        if done == num_steps and picture(done).exists():
+            return picture(done)
 
-            done, last = step + 1, step + 1 == num_steps
-            if done % every.log_every == 0 or last:
-                scalars = meter.means()
-                writer.write(done, scalars)
-                progress.show(done, scalars)
-            if done % every.heldout_every == 0 or last:
+        heldout = HeldOut(objective, source, seed, mesh, batch_size, every.heldout_examples)
+        generator = Generator(model, config.sampling.batch_size, mesh)
+        step_fn = compile_step(recipe, mesh, config.parallel)
+        with (
+            MetricWriter(workdir, done, resumed.get("position", 0)) as writer,
+            Progress(num_steps, done) as bar,
+            Loader(source, config.seed, batch_size, done) as batches,
+        ):
+
+            def log(step: int, scalars: dict[str, float]) -> None:
+                writer.write(step, scalars)
+                bar.show(step, scalars)
+
+            meter = Meter(batch_size, every.log_every, log)
+            meter.restore(resumed.get("unlogged", {}))
+
+            def save() -> None:
                 with meter.paused():
-                    writer.write(done, heldout(state.ema))
-            if done % every.sample_every == 0 or last:
+                    progress = {"unlogged": meter.state(), "position": writer.position}
+                    checkpoints.save(state, config, progress)
+
+            def due(interval: int) -> bool:
+                return done > 0 and (done % interval == 0 or done == num_steps)
+
+            def evaluate() -> None:
+                """Writes nothing before all is measured, so that it can be done over."""
+                if not (due(every.heldout_every) or due(every.sample_every)):
+                    return
                 with meter.paused():
-                    path = workdir / "samples" / f"step_{done:07}.png"
-                    samples = generator(state.ema["network"], config.seed, num_samples)
-                    images.save_grid(path, samples, generator.columns(num_samples))
-                    progress.say(f"wrote {path}")
-    checkpoint.save(workdir, {"params": state.params, "ema": state.ema})
-    return path
+                    if done == num_steps:
+                        meter.finish()
+                    if due(every.sample_every):
+                        samples = generator(
+                            state.ema["network"], config.seed, num_samples, poll=poll
+                        )
+                    if due(every.heldout_every):
+                        writer.write(done, heldout(state.ema, poll))
+                    if due(every.sample_every):
+                        images.save_grid(picture(done), samples, generator.columns(num_samples))
+                        bar.say(f"wrote {picture(done)}")
+
+            bar.say(describe(params, source, mesh, done))
+            try:
+                evaluate()  # an interrupted run may have stopped right before
+                for done, batch in zip(range(start + 1, num_steps + 1), batches, strict=False):
+                    state, metrics = step_fn(state, batch, seed)
+                    meter.add(done - 1, metrics)
+                    bar.advance()
+                    checkpoints.check()
+                    if due(every.checkpoint_every):
+                        save()
+                    poll()
+                    evaluate()
+            except Stopped:
+                if checkpoints.last != done:
+                    save()
+                raise
+    return picture(done)
 
 
-def describe(params: dict[str, Any], source: Source, mesh: Mesh) -> str:
+def describe(params: dict[str, Any], source: Source, mesh: Mesh, done: int) -> str:
     """What is about to be trained on what, in a line."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     spec, device = source.spec, mesh.devices.flat[0]
     height, width, channels = spec.image_shape
+    begin = f"going on after step {done:,}; " if done else ""
     return (
         f"{count:,} parameters on {mesh.size} × {device.device_kind}; {spec.identity}: "
         f"{spec.split_sizes['train']:,} images of {height}×{width}×{channels}; "
-        "compiling the first step …"
+        f"{begin}compiling the first step …"
     )

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,27 +23,45 @@ def weighted_means(sums: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(total / weight) for name, (total, weight) in sums.items() if weight > 0}
 
 
+class NonFinite(UserError):
+    """A loss or gradient that is not finite; ``step`` and ``quantities`` say where."""
+
+    def __init__(self, step: int, quantities: list[str]):
+        self.step, self.quantities = step, quantities
+        super().__init__(
+            f"step {step}: {' and '.join(quantities)} not finite; the update was not applied. "
+            "Lower training.learning_rate or train with model.dtype=float32"
+        )
+
+
 class Meter:
-    """Means of metrics between two log lines, fetched late so that the device never waits.
+    """Writes the means of metrics over every so many steps; fetches late, so no device waits.
 
     The metrics of a step are read only when ``lag`` more steps are under way, which also bounds how
-    far the host runs ahead; a line thus covers the steps up to ``lag`` before it.
+    far the host runs ahead. A line covers the same steps however the run was interrupted.
     """
 
-    def __init__(self, batch_size: int, lag: int = 2):
-        self._batch_size, self._lag = batch_size, lag
+    def __init__(
+        self,
+        batch_size: int,
+        every: int,
+        write: Callable[[int, dict[str, float]], None],
+        lag: int = 2,
+    ):
+        self._batch_size, self._every, self._write, self._lag = batch_size, every, write, lag
         self._pending: deque[tuple[int, Metrics]] = deque()
-        self._reset()
-
-    def _reset(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
-        self._steps, self._start = 0, time.perf_counter()
+        self._last = -1
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._timed_steps, self._start = 0, time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step just dispatched and fetches those of older ones.
 
         Raises:
-          UserError: naming the first step whose loss or gradient was not finite.
+          NonFinite: naming the first step whose loss or gradient was not finite.
         """
         self._pending.append((step, metrics))
         self._fetch(self._lag)
@@ -50,7 +69,7 @@ class Meter:
     def _fetch(self, leave: int) -> None:
         while len(self._pending) > leave:
             step, metrics = self._pending.popleft()
-            sums = {name: np.array(pair) for name, pair in jax.device_get(metrics).items()}
+            sums = {name: np.array(pair, float) for name, pair in jax.device_get(metrics).items()}
             if sums.pop("finite")[0] < 1:
                 bad = [
                     name
@@ -58,22 +77,34 @@ class Meter:
                     for name in sums
                     if name.endswith(kind) and not np.isfinite(sums[name][0])
                 ]
-                raise UserError(
-                    f"step {step}: {' and '.join(bad)} not finite; the update was not applied. "
-                    "Lower training.learning_rate or train with model.dtype=float32"
-                )
+                raise NonFinite(step, bad)
             self._sums = {name: self._sums.get(name, 0) + pair for name, pair in sums.items()}
-            self._steps += 1
+            self._timed_steps, self._last = self._timed_steps + 1, step
+            if (step + 1) % self._every == 0:
+                self._write_line()
 
-    def means(self) -> dict[str, float]:
-        """Means over the fetched steps since the last call, with ``images_per_second``."""
-        if not self._steps:
-            self._fetch(0)
+    def _write_line(self) -> None:
         means = weighted_means(self._sums)
         seconds = time.perf_counter() - self._start
-        means["images_per_second"] = self._steps * self._batch_size / seconds
-        self._reset()
-        return means
+        means["images_per_second"] = self._timed_steps * self._batch_size / seconds
+        self._write(self._last + 1, means)
+        self._sums = {}
+        self._restart_clock()
+
+    def finish(self) -> None:
+        """Writes what is left over at the end of a run."""
+        self._fetch(0)
+        if self._sums:
+            self._write_line()
+
+    def state(self) -> dict[str, list[float]]:
+        """Waits for all steps so far; the sums that no line holds yet, as JSON can keep them."""
+        self._fetch(0)
+        return {name: pair.tolist() for name, pair in self._sums.items()}
+
+    def restore(self, state: Mapping[str, list[float]]) -> None:
+        """Goes on from the sums of an interrupted run."""
+        self._sums = {name: np.array(pair, float) for name, pair in state.items()}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -85,40 +116,69 @@ class Meter:
 
 
 class MetricWriter:
-    """Writes scalars to ``metrics.jsonl`` and TensorBoard files in the workdir, anew."""
+    """Writes scalars to ``metrics.jsonl`` and TensorBoard files in the workdir.
 
-    def __init__(self, workdir: pathlib.Path):
-        from tensorboardX import SummaryWriter
+    A run that resumes after ``step`` steps goes on at byte ``position`` of ``metrics.jsonl``: what
+    it wrote beyond, before it was interrupted, is dropped.
+    """
 
-        shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
-        self._lines = (workdir / "metrics.jsonl").open("w")
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
+    def __init__(self, workdir: pathlib.Path, step: int = 0, position: int = 0):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        path = workdir / "metrics.jsonl"
+        path.touch()
+        self._lines = path.open("r+b")
+        self._lines.truncate(min(position, path.stat().st_size))
+        self._lines.seek(0, os.SEEK_END)
+        board = workdir / "tensorboard"
+        if not step:
+            shutil.rmtree(board, ignore_errors=True)
+        board.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies silently on a full disk, and then blocks this one.
+        self._board = EventsWriter(str(board / "events"))
+        # TensorBoard drops what earlier files hold from this step on.
+        self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._lines.close()
-        self._board.close()
+        for file in (self._lines, self._board):
+            with contextlib.suppress(OSError):  # of what a failed write left in a buffer
+                file.close()
+
+    @property
+    def position(self) -> int:
+        """Length of ``metrics.jsonl`` in bytes."""
+        return self._lines.tell()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line, and one point per scalar, at this step."""
-        self._lines.write(json.dumps({"step": step} | scalars) + "\n")
+        from tensorboardX.summary import scalar
+
+        self._lines.write(json.dumps({"step": step} | scalars).encode() + b"\n")
         self._lines.flush()
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+            self._event(step, summary=scalar(name, value))
+        self._board.flush()
+
+    def _event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._board.write_event(Event(step=step, wall_time=time.time(), **content))
 
 
 class Progress:
     """A bar with step, loss, images/s and the time left; plain lines where there is no terminal."""
 
-    def __init__(self, num_steps: int):
-        self._num_steps, self._start = num_steps, time.perf_counter()
+    def __init__(self, num_steps: int, done: int = 0):
+        self._num_steps, self._resumed, self._start = num_steps, done, time.perf_counter()
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=num_steps, initial=done, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -139,7 +199,7 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s")
             return
         elapsed = time.perf_counter() - self._start
-        left = elapsed / step * (self._num_steps - step)
+        left = elapsed / (step - self._resumed) * (self._num_steps - step)
         self.say(
             f"step {step:,}/{self._num_steps:,}  loss {loss:.4f}  {rate:,.0f} images/s  "
             f"{_clock(elapsed)} elapsed, {_clock(left)} left"

@@ -1,0 +1,160 @@
+"""Everything that a training run needs, tried out before it is submitted; nothing is trained."""
+
+import pathlib
+import shutil
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jax_ddpm import factory
+from jax_ddpm.config import validate
+from jax_ddpm.data.plan import batch_indices
+from jax_ddpm.errors import UserError
+from jax_ddpm.training import checkpoint
+from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
+from jax_ddpm.training.identity import require_same_run
+from jax_ddpm.training.recipe import make_objective, make_recipe
+from jax_ddpm.training.state import init_state
+from jax_ddpm.training.step import compile_step, data_mesh, replicate
+
+
+class Preflight:
+    """The checks, in an order in which each finds ready what it needs."""
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+
+    def run(self) -> None:
+        """Prints a row for each check.
+
+        Raises:
+          UserError: at the first that fails, with what is to be mended.
+        """
+        for check in (
+            self.devices,
+            self.settings,
+            self.write_access,
+            self.data,
+            self.parameters,
+            self.checkpoints,
+            self.train_step,
+        ):
+            name = check.__name__.replace("_", " ")
+            print(f"{name:<14}", end="", flush=True)
+            try:
+                print(check(), flush=True)
+            except UserError:
+                print("FAILED")
+                raise
+
+    def devices(self) -> str:
+        """What JAX found."""
+        self.mesh = data_mesh()
+        return f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
+
+    def settings(self) -> str:
+        """Fields that contradict each other or these devices."""
+        validate(self.config, self.mesh.size)
+        training = self.config.training
+        return f"{training.num_steps:,} steps of {training.batch_size} images"
+
+    def write_access(self) -> str:
+        """A folder can be made in the workdir."""
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.workdir):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.workdir}: cannot be written ({error.strerror})"
+            ) from error
+        return f"{self.workdir}, {_bytes(shutil.disk_usage(self.workdir).free)} free"
+
+    def data(self) -> str:
+        """The source reads, fits the config, and is that of the run in the workdir."""
+        start = time.perf_counter()
+        self.source = factory.make_source(self.config)
+        spec = self.source.spec
+        require_same_run(self.workdir, self.config, spec)
+        indices = batch_indices(
+            self.config.seed, 0, self.config.training.batch_size, spec.split_sizes["train"]
+        )
+        self.batch = self.source.batch("train", indices)
+        sizes = " + ".join(f"{size:,} {name}" for name, size in spec.split_sizes.items())
+        seconds = time.perf_counter() - start
+        return (
+            f"{spec.identity}: {sizes}, {'×'.join(map(str, spec.image_shape))}, "
+            f"{spec.num_classes} classes; opened, and a batch read, in {seconds:.1f} s"
+        )
+
+    def parameters(self) -> str:
+        """The state before the first step."""
+        model = factory.Model(self.config, self.source.spec)
+        objective = make_objective(self.config, model)
+        self.recipe = make_recipe(self.config, objective)
+        self.seed = jax.random.key(self.config.seed)
+        params = {"network": initial_parameters(self.config, model.network, self.seed)}
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self.state = replicate(init_state(self.recipe, params, objective.init()), self.mesh)
+        self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        return f"{count:,}; with averages and optimiser {_bytes(self.state_bytes)}"
+
+    def checkpoints(self) -> str:
+        """A checkpoint can be written, verified and read back, and there is room for all."""
+        training = self.config.training
+        room, needed = (
+            shutil.disk_usage(self.workdir).free,
+            self.state_bytes * (training.keep_last + 1),
+        )
+        if room < needed:
+            raise UserError(
+                f"--workdir={self.workdir}: {_bytes(room)} free, but {training.keep_last + 1} "
+                f"checkpoints take {_bytes(needed)}; lower training.keep_last or make room"
+            )
+        with tempfile.TemporaryDirectory(dir=self.workdir) as folder:
+            trial, start = pathlib.Path(folder), time.perf_counter()
+            with Checkpoints(trial, keep_last=1, keep_every=0) as checkpoints:
+                checkpoints.save(self.state, self.config, {})
+                checkpoints.wait()
+                written = time.perf_counter()
+                restored, _ = checkpoints.restore(self.state)
+                read = time.perf_counter()
+        if not all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves(self.state))):
+            raise UserError(f"--workdir={self.workdir}: a checkpoint read back differently")
+        found = checkpoint.steps(self.workdir)
+        resumes = f"; training goes on after step {found[-1]:,}" if found else ""
+        return f"written in {written - start:.1f} s, read in {read - written:.1f} s{resumes}"
+
+    def train_step(self) -> str:
+        """One step compiles, and what it will hold in memory."""
+        start = time.perf_counter()
+        step_fn = compile_step(self.recipe, self.mesh, self.config.parallel)
+        memory = step_fn.lower(self.state, self.batch, self.seed).compile().memory_analysis()
+        seconds = time.perf_counter() - start
+        needed = (
+            memory.argument_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+        stats: dict[str, Any] = self.mesh.devices.flat[0].memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        text = f"compiled in {seconds:.1f} s; {_bytes(needed)} a device"
+        if limit and needed > limit:
+            raise UserError(
+                f"a train step takes {_bytes(needed)} a device, which has {_bytes(limit)}; "
+                "raise training.accumulate, set model.remat, or lower training.batch_size"
+            )
+        return text + (f" of {_bytes(limit)}" if limit else "")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

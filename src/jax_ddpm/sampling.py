@@ -1,0 +1,165 @@
+"""Samples into files: a grid, or any number into a folder or ``.npz``, resumed where killed."""
+
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jax_ddpm import images
+from jax_ddpm.errors import UserError
+from jax_ddpm.stopping import Poll, never
+from jax_ddpm.trained import Trained
+
+# The first sample of each batch wanted → that number and the batch's images.
+Draw = Callable[[Iterable[int]], Iterator[tuple[int, UInt8[np.ndarray, "b h w c"]]]]
+_NAME = re.compile(r"\d{6,}\.png(\.partial)?|packed")
+
+
+def write_samples(
+    trained: Trained,
+    out: pathlib.Path,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    label: int | None = None,
+    batch_size: int | None = None,
+    moments: int = 1,
+    poll: Poll = never,
+) -> None:
+    """Samples 0, …, num_samples-1 into ``out``: a ``.png`` grid, an ``.npz``, or else a folder.
+
+    ``moments`` > 1 shows in a grid how each image is made: x_t above the x_0 predicted from it.
+
+    Raises:
+      UserError: where ``out`` cannot be what is asked for.
+    """
+    if out.suffix in (".png", ".npz") and out.is_dir():
+        raise UserError(f"--out={out} is a folder; give the name of a file")
+    if out.suffix not in (".png", ".npz") and (out.is_file() or out.suffix):
+        raise UserError(f"--out={out}: give a .png, an .npz, or a folder")
+    num_steps = trained.model.chain.num_timesteps
+    if moments > 1 and (moments > num_steps or out.suffix != ".png"):
+        raise UserError(f"--progressive={moments}: needs a .png and at most {num_steps} moments")
+    size = min(batch_size or trained.config.sampling.batch_size, num_samples)
+    generator = trained.generator(size, moments)
+    everything = np.arange(num_samples, dtype=np.int32)
+    labels = generator.labels(everything, label)
+
+    if moments > 1:
+        x, x0 = generator.snapshots(trained.params, seed, num_samples, label, poll)
+        pairs = np.stack([x, x0]).transpose(2, 0, 1, 3, 4, 5)  # image, x_t or x_0, moment
+        images.save_grid(out, pairs.reshape(-1, *x.shape[2:]), columns=moments)
+        return
+    if out.suffix == ".png":
+        x = generator(trained.params, seed, num_samples, label, poll)
+        images.save_grid(out, x, generator.columns(num_samples, label))
+        return
+
+    def draw(starts):
+        for start, batch in generator.draw(trained.params, seed, starts, label, poll):
+            yield start, images.to_uint8(batch.x[-1])
+
+    record = trained.record | {"seed": seed, "class": label}
+    if out.suffix == ".npz":
+        write_npz(out, draw, generator.batch_size, num_samples, record, labels)
+    else:
+        write_folder(out, draw, generator.batch_size, num_samples, record)
+
+
+def write_folder(
+    out: pathlib.Path, draw: Draw, batch_size: int, num_samples: int, record: dict[str, Any]
+) -> None:
+    """Samples 0, …, num_samples-1 as ``000000.png`` …: exactly these files.
+
+    ``<out>.json``, beside the folder, keeps ``record``: all that decides what is sampled. Images
+    that are there already are kept, so a call that was killed is simply repeated; a batch is drawn
+    whole if one of it is missing, so that every image is the same to the last bit.
+
+    Raises:
+      UserError: where the folder holds anything else, or samples of another record.
+    """
+    _claim(out, num_samples, record)
+    missing = [i for i in range(num_samples) if not _image(out, i).exists()]
+    for start, batch in draw(sorted({i - i % batch_size for i in missing})):
+        for i, image in enumerate(batch, start):
+            if i < num_samples and not _image(out, i).exists():
+                images.save_png(_image(out, i), image)
+
+
+def write_npz(
+    out: pathlib.Path,
+    draw: Draw,
+    batch_size: int,
+    num_samples: int,
+    record: dict[str, Any],
+    labels: Int[np.ndarray, " n"] | None,
+) -> None:
+    """As ``write_folder``, but into arrays ``images`` uint8 ``[n, h, w, c]`` and ``labels``.
+
+    Until the last image is drawn they are kept in the folder ``<out>.images``.
+    """
+    parts = out.with_name(out.name + ".images")
+    if out.exists():
+        _require_same(out, record | {"num_samples": num_samples})
+    else:
+        write_folder(parts, draw, batch_size, num_samples, record)
+        arrays = {
+            "images": np.stack([images.load_png(_image(parts, i)) for i in range(num_samples)])
+        }
+        if labels is not None:
+            arrays["labels"] = labels
+        with (parts / "packed").open("wb") as packed:
+            np.savez(packed, **arrays)  # type: ignore[arg-type]
+        _write_record(out, record | {"num_samples": num_samples})
+        (parts / "packed").replace(out)
+    shutil.rmtree(parts, ignore_errors=True)
+    _record(parts).unlink(missing_ok=True)
+
+
+def _claim(out: pathlib.Path, num_samples: int, record: dict[str, Any]) -> None:
+    """Makes the folder ours, or finds that it is."""
+    if _record(out).exists():
+        held = _require_same(out, record)["num_samples"]
+        if held > num_samples:
+            raise UserError(f"--out={out} is for {held} samples; ask for {held} or more")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"--out={out} is not empty; give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    strange = [path.name for path in out.iterdir() if not _NAME.fullmatch(path.name)]
+    if strange:
+        raise UserError(f"--out={out} also holds {strange[0]!r}; move it, or give a new folder")
+    _write_record(out, record | {"num_samples": num_samples})
+
+
+def _require_same(out: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
+    try:
+        held = json.loads(_record(out).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out={out} exists already; remove it, or give another name") from error
+    for field, value in record.items():
+        if held.get(field) != value:
+            raise UserError(
+                f"--out={out} holds samples with {field} {held.get(field)!r}, not {value!r}; "
+                "give another name"
+            )
+    return held
+
+
+def _image(out: pathlib.Path, index: int) -> pathlib.Path:
+    return out / f"{index:06}.png"
+
+
+def _record(out: pathlib.Path) -> pathlib.Path:
+    return out.with_name(out.name + ".json")
+
+
+def _write_record(out: pathlib.Path, record: dict[str, Any]) -> None:
+    partial = _record(out).with_name(out.name + ".json.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(_record(out))

@@ -1,0 +1,49 @@
+"""Stopping on request: SIGTERM and Ctrl-C end a run between two steps, with everything saved."""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where it stopped
+
+
+class Stopped(Exception):
+    """Raised where a run polls for it, once stopping was asked for."""
+
+
+Poll = Callable[[], None]
+
+
+def never() -> None:
+    """The poll of whoever is never asked to stop."""
+
+
+class StopRequest:
+    """While entered, the first SIGTERM or SIGINT only asks; a second one acts as it always did."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._name = ""
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._name = signal.Signals(number).name
+        self.__exit__()
+        # Not print: a handler may interrupt one.
+        os.write(
+            2, f"{self._name}: finishing the step and saving; again to stop at once\n".encode()
+        )
+
+    def poll(self) -> None:
+        """Raises Stopped once a signal has come."""
+        if self._name:
+            raise Stopped(self._name)

@@ -1,0 +1,95 @@
+"""A trained model, read from the folder of its run."""
+
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from jax_ddpm import factory, images
+from jax_ddpm.data.source import Spec
+from jax_ddpm.errors import UserError
+from jax_ddpm.generate import Generator
+from jax_ddpm.training import checkpoint
+from jax_ddpm.training.identity import load_identity
+from jax_ddpm.training.step import data_mesh
+
+
+class Trained:
+    """A model with the parameters of one checkpoint.
+
+    Attributes:
+      config, spec: of the run and of its data.
+      step: of the checkpoint.
+      item: "ema" for averaged parameters, "params" for raw ones.
+      model, params: the network's functions and its parameters as NumPy arrays.
+      record: what decides a sample besides seed and class, as JSON.
+    """
+
+    def __init__(self, config: ConfigDict, spec: Spec, step: int, item: str, params: Any):
+        self.config, self.spec, self.step, self.item, self.params = config, spec, step, item, params
+        self.record = {
+            "parameters": item,
+            "checkpoint_step": step,
+            "sha256": _digest(params),
+            "clip": config.sampling.clip,
+        }
+        self.model = factory.Model(config, spec)
+
+        self._generators: dict[tuple[int, int], Generator] = {}
+
+    def generator(self, batch_size: int, num_snapshots: int = 1) -> Generator:
+        """The sampler for batches of this size over all devices, compiled at its first use."""
+        size = batch_size, num_snapshots
+        if size not in self._generators:
+            self._generators[size] = Generator(self.model, batch_size, data_mesh(), num_snapshots)
+        return self._generators[size]
+
+    def sample(
+        self,
+        num_samples: int,
+        seed: int = 0,
+        label: int | None = None,
+        batch_size: int | None = None,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """Samples 0, …, num_samples-1 of the seed; sample i depends on (seed, i, label) alone.
+
+        Without a label the classes of a conditional model take turns. ``batch_size`` is by default
+        that of ``config.sampling``, at most.
+        """
+        size = batch_size or min(num_samples, self.config.sampling.batch_size)
+        return images.to_uint8(self.generator(size)(self.params, seed, num_samples, label))
+
+
+def load(workdir: str | pathlib.Path, step: int | None = None, raw: bool = False) -> Trained:
+    """Reads a run: its averaged (or ``raw``) parameters at ``step``, the newest by default.
+
+    Raises:
+      UserError: where there is no run, no such checkpoint, or it is damaged.
+    """
+    workdir = pathlib.Path(workdir)
+    config, spec = load_identity(workdir)
+    item = "params" if raw else "ema"
+    if step is None:
+        step = checkpoint.newest(workdir, [item])
+    known = checkpoint.steps(workdir)
+    if step is None:
+        raise UserError(f"--workdir={workdir}: no checkpoint there yet; train on")
+    if step not in known:
+        raise UserError(
+            f"--checkpoint_step={step}: {workdir} has checkpoints at {', '.join(map(str, known))}"
+        )
+    return Trained(
+        config, spec, step, item, checkpoint.restore_item(workdir, step, item)["network"]
+    )
+
+
+def _digest(params: Any) -> str:
+    """Tells parameters apart, wherever their run lies."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -3,8 +3,8 @@
 Expected from the paper: FID 3.17 against the training set, Inception score 9.46 ± 0.11,
 at most 3.75 bits/dim, after 800,000 steps (10.6 h on a TPU v3-8). Not yet reproduced here.
 
-Data: an ``.npz`` with ``train_images`` uint8 [50000, 32, 32, 3] and ``test_images``, at
-``data/cifar10.npz`` or ``--config.data.path=…``.
+Data: ``cifar-10-python.tar.gz`` (or ``-binary``) from https://www.cs.toronto.edu/~kriz/cifar.html,
+as it is, in ``data/`` or at ``--config.data.path=…``; its checksum is verified.
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +15,8 @@ from jax_ddpm.config import default
 def get_config() -> ConfigDict:
     """35,746,307 parameters, unconditional."""
     config = default()
-    config.data.source = "npz"
-    config.data.path = "data/cifar10.npz"
+    config.data.source = "cifar10"
+    config.data.path = "data/cifar-10-python.tar.gz"
     config.data.flip = True
 
     config.model.base_channels = 128

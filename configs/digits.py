@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.loss.time_sampler = "stratified"
 
     config.training.num_steps = 2000
+    config.training.checkpoint_every = 500
     config.training.batch_size = 64
     config.training.learning_rate = 2e-3
     config.training.warmup_steps = 100

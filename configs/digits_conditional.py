@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
 
     config.training.label_drop = 0.1
     config.training.num_steps = 3000
+    config.training.checkpoint_every = 500
     config.training.batch_size = 64
     config.training.learning_rate = 2e-3
     config.training.warmup_steps = 100

@@ -89,6 +89,7 @@ BAD = [
     ("seed", -1),
     ("seed", 2**32),
     ("data.source", "mnist"),
+    ("data.image_size", 32),  # of the digits
     ("model.dtype", "float16"),
     ("model.base_channels", 0),
     ("model.channel_multipliers", ()),
@@ -135,6 +136,19 @@ def test_bad_value_is_one_line_naming_the_field(field, value):
 
 
 NOT_TOGETHER = {
+    "npz_of_what": ({"data.source": "npz"}, "config.data.path"),
+    "idx_of_what": ({"data.source": "idx"}, "config.data.path"),
+    "cifar10_from_where": ({"data.source": "cifar10"}, "config.data.path"),
+    "folder_of_what": ({"data.source": "folder"}, "config.data.path"),
+    "tfds_of_what": ({"data.source": "tfds", "data.path": "somewhere"}, "config.data.name"),
+    "negative_size": (
+        {"data.source": "folder", "data.path": "somewhere", "data.image_size": -1},
+        "config.data.image_size",
+    ),
+    "size_of_an_npz": (
+        {"data.source": "npz", "data.path": "some.npz", "data.image_size": 32},
+        "config.data.image_size",
+    ),
     "no_signal_but_eps": ({"process.name": "jsd", "parameterisation.target": "eps"}, "target"),
     "hybrid_of_fixed": ({"loss.kind": "hybrid"}, "loss.kind"),
     "error_of_learned": ({"parameterisation.variance": "learned_range"}, "loss.kind"),
@@ -169,6 +183,11 @@ def test_what_the_data_does_not_allow_is_one_line_naming_the_field(field, value,
     fields = {"model__attention_resolutions": (), field.replace(".", "__"): value}
     message = the_error(validate_for_data, shape, 0, **fields)
     assert f"config.{field}" in message
+
+
+@pytest.mark.parametrize("source", sorted(factory.SOURCES))
+def test_every_source_can_be_chosen(source):
+    validate(tiny.config(data__source=source, data__path="somewhere", data__name="some_set"), 1)
 
 
 @pytest.mark.parametrize("target", ["x0", "v"])

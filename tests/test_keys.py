@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -47,3 +48,18 @@ def test_a_part_of_the_batch_shares_the_batchs_key(seed):
     part = step_keys(seed, 2).take(jnp.array([3]))
     assert words(part.shared(Stream.TIME)) == words(step_keys(seed, 2).shared(Stream.TIME))
     assert part.batch_size == 8
+
+
+def test_gathers_the_values_of_all_devices_in_the_order_of_their_examples(seed):
+    def on_device(index):
+        keys = dataclasses.replace(step_keys(seed, 2), index=index, axis_name="data")
+        return keys.gather(10 * index), keys.take(index[::2]).gather(index[::2])
+
+    whole, part = jax.vmap(on_device, axis_name="data")(jnp.arange(8).reshape(2, 4))
+    np.testing.assert_array_equal(whole, [range(0, 80, 10)] * 2)
+    np.testing.assert_array_equal(part, [range(0, 8, 2)] * 2)
+
+
+def test_without_devices_there_is_nothing_to_gather(seed):
+    values = jnp.arange(8)
+    assert step_keys(seed, 2).gather(values) is values

@@ -4,15 +4,16 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from cli import ROOT, Run
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
     "--config.model.base_channels=8",
     "--config.model.channel_multipliers=(1,)",
@@ -26,6 +27,7 @@ TINY = [
     "--config.training.heldout_every=2",
     "--config.training.heldout_examples=20",
     "--config.training.sample_every=2",
+    "--config.training.checkpoint_every=2",
     "--config.sampling.num_samples=20",
     "--config.sampling.batch_size=12",
 ]
@@ -98,7 +100,7 @@ class TestTrain:
         assert runs["digits"] == digits / "samples" / "step_0000004.png"
         assert picture(runs["digits"]).shape == grid_shape(rows=4, columns=5)
         assert len([*(digits / "samples").iterdir()]) == 2
-        assert (digits / "checkpoint").is_dir()
+        assert {path.name for path in (digits / "checkpoints").iterdir()} == {"2", "4"}
         assert [*(digits / "tensorboard").iterdir()]
 
     def test_logs_what_a_researcher_watches(self, digits):
@@ -152,50 +154,145 @@ class TestSample:
 
 
 DIGITS = "--config=configs/digits.py"
+SAMPLE = ["--mode=sample", "--workdir={digits}"]
+CONDITIONAL = ["--mode=sample", "--workdir={conditional}"]
+HEAD = "from jax_ddpm.config import default\n\ndef get_config():\n    config = default()\n"
+FILES = {
+    "unknown_field.py": HEAD + "    config.model.base_chanels = 8\n",
+    "wrong_type.py": HEAD + "    config.training.num_steps = 'many'\n",
+    "syntax.py": "def get_config(:\n",
+    "empty.py": "",
+    "raises.py": "def get_config():\n    return {}['a']\n",
+    "text.npz": "no arrays",
+    "cifar-10-python.tar.gz": "no archive",
+    "pictures/notes.txt": "no picture",
+    "full/file": "",
+    "unfinished/config.json": "{}",
+}
+# What is wrong: flags, and what the message must name.
 WRONG = {
     "nothing": ([], "--config"),
     "leftover_argument": ([DIGITS, "training.num_steps=5"], "training.num_steps=5"),
     "unknown_flag": ([DIGITS, "--nun_samples=3"], "nun_samples"),
+    "unknown_mode": ([DIGITS, "--mode=evaluate"], "mode"),
+    "negative_seed": ([*SAMPLE, "--seed=-1"], "seed"),
+    "no_samples": ([*SAMPLE, "--num_samples=0"], "num_samples"),
+    # config files
+    "no_config_file": (["--config=configs/nothing.py"], "configs/nothing.py"),
+    "config_with_unknown_field": (["--config={files}/unknown_field.py"], "field.py, line 5"),
+    "config_with_wrong_type": (["--config={files}/wrong_type.py"], "type.py, line 5"),
+    "config_with_wrong_syntax": (["--config={files}/syntax.py"], "syntax.py, line 1"),
+    "config_that_raises": (["--config={files}/raises.py"], "raises.py, line 2: KeyError"),
+    "config_without_function": (["--config={files}/empty.py"], "get_config"),
+    # fields
     "unknown_field": ([DIGITS, "--config.model.base_chanels=8"], "base_chanels"),
+    "unknown_section": ([DIGITS, "--config.modle.base_channels=8"], "modle"),
     "mistyped_value": ([DIGITS, "--config.seed=zero"], "seed"),
     "float_for_an_integer": ([DIGITS, "--config.training.num_steps=1e3"], "num_steps"),
     "bad_value": ([DIGITS, "--config.training.batch_size=0"], "config.training.batch_size"),
-    "unknown_mode": ([DIGITS, "--mode=evaluate"], "mode"),
-    "no_config_file": (["--config=configs/nothing.py"], "configs/nothing.py"),
-    "no_data_file": (["--config=configs/cifar10.py", "--config.data.path=no.npz"], "no.npz"),
+    "negative_chain": ([DIGITS, "--config.process.num_timesteps=-5"], "num_timesteps"),
+    "groups_do_not_divide": ([DIGITS, "--config.model.num_groups=7"], "config.model.num_groups"),
+    "parts_do_not_divide": ([DIGITS, "--config.training.accumulate=5"], "training.batch_size"),
+    "unknown_schedule": ([DIGITS, "--config.process.name=linaer"], "linear"),
+    "unknown_target": ([DIGITS, "--config.parameterisation.target=eta"], "eps"),
+    "unknown_parallel": ([DIGITS, "--config.parallel=xmap"], "pmap"),
+    "untrained_variance": ([DIGITS, "--config.parameterisation.variance=learned"], "loss.kind"),
+    "size_does_not_divide": (
+        [DIGITS, "--config.model.channel_multipliers=(1, 1, 1, 1, 1)"],
+        "config.model.channel_multipliers",
+    ),
+    "no_such_height": (
+        [DIGITS, "--config.model.attention_resolutions=(16,)"],
+        "config.model.attention_resolutions",
+    ),
+    # data
+    "no_data_path": ([DIGITS, "--config.data.source=npz"], "config.data.path"),
+    "no_data_file": (["--config=configs/cifar10.py", "--config.data.path=no.tar"], "no.tar"),
+    "no_npz": ([DIGITS, "--config.data.source=npz", "--config.data.path={files}/text.npz"], "text"),
+    "wrong_checksum": (["--config=configs/cifar10.py", "--config.data.path={files}"], "cifar-10"),
+    "no_idx_files": (
+        ["--config=configs/fashion_mnist.py", "--config.data.path={files}"],
+        "train-images-idx3-ubyte",
+    ),
+    "no_pictures": (
+        ["--config=configs/folder64.py", "--config.data.path={files}/pictures"],
+        "pictures",
+    ),
+    "unknown_tfds_name": (
+        [DIGITS, "--config.data.source=tfds", "--config.data.name=cifar11"],
+        "cifar10",
+    ),
+    # starting parameters
+    "no_run_to_start_from": ([DIGITS, "--config.init_from=configs"], "configs"),
+    "start_from_another_network": (
+        [DIGITS, "--config.init_from={digits}", "--workdir={new}"],
+        "holds another network",
+    ),
+    # workdirs
+    "workdir_is_a_file": ([DIGITS, "--workdir=setup.cfg"], "setup.cfg"),
+    "workdir_cannot_be_written": ([DIGITS, "--workdir=/proc/run"], "/proc/run"),
+    "another_run": ([DIGITS, *TINY, "--config.seed=1", "--workdir={digits}"], "seed 0 → 1"),
+    "fewer_steps_than_done": (
+        [DIGITS, *TINY, "--config.training.num_steps=3", "--accept_changes", "--workdir={digits}"],
+        "training.num_steps",
+    ),
     "no_workdir": (["--mode=sample"], "--workdir"),
     "empty_workdir": (["--mode=sample", "--workdir=configs"], "configs"),
-    "workdir_is_a_file": (["--mode=sample", "--workdir=setup.cfg"], "setup.cfg"),
-    "out_is_a_folder": (["--mode=sample", "--workdir={digits}", "--out=configs"], "configs"),
-    "training_again": ([DIGITS, "--workdir={digits}"], "{digits}"),
-    "unknown_class": (["--mode=sample", "--workdir={conditional}", "--class=10"], "0 to 9"),
-    "no_classes": (["--mode=sample", "--workdir={digits}", "--class=1"], "--class"),
-    "too_many_moments": (["--mode=sample", "--workdir={digits}", "--progressive=9"], "8 steps"),
+    "workdir_to_sample_is_a_file": (["--mode=sample", "--workdir=setup.cfg"], "setup.cfg"),
+    "damaged_config": (["--mode=sample", "--workdir={files}/unfinished"], "unfinished"),
+    "no_checkpoint": (["--mode=sample", "--workdir={bare}"], "no checkpoint"),
+    "no_such_checkpoint": ([*SAMPLE, "--checkpoint_step=3"], "checkpoints at 2, 4"),
+    "damaged_checkpoints": (["--mode=sample", "--workdir={damaged}"], "damaged"),
+    # samples
+    "out_is_a_folder": ([*SAMPLE, "--out={files}/full/a.png"], "a.png"),
+    "out_of_unknown_kind": ([*SAMPLE, "--out=samples.jpg"], "samples.jpg"),
+    "out_holds_something_else": ([*SAMPLE, "--out={files}/full"], "full"),
+    "unknown_class": ([*CONDITIONAL, "--class=10"], "0 to 9"),
+    "no_classes": ([*SAMPLE, "--class=1"], "--class"),
+    "too_many_moments": ([*SAMPLE, "--progressive=9"], "8"),
+    "both_kinds_of_parameters": ([*SAMPLE, "--ema", "--raw"], "--raw"),
 }
 
 
 @pytest.fixture(scope="module")
-def answers(digits, conditional):
-    """(result, what it must name) of each, two at a time: starting Python is what takes long."""
-
-    def make(mistake):
-        flags, named = mistake
-        fill = {"digits": digits, "conditional": conditional}
-        return main(*(flag.format(**fill) for flag in flags)), named.format(**fill)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WRONG, pool.map(make, WRONG.values()), strict=True))
+def places(folder, digits, conditional):
+    """What the flags above speak of, made to be wrong."""
+    files, bare, damaged = folder / "files", folder / "bare", folder / "damaged"
+    for name, text in FILES.items():
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
+        (files / name).write_text(text)
+    (files / "full" / "a.png").mkdir()
+    for workdir in (bare, damaged):
+        shutil.copytree(digits, workdir)
+    shutil.rmtree(bare / "checkpoints")
+    for manifest in damaged.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{")
+    return {
+        "files": files,
+        "digits": digits,
+        "conditional": conditional,
+        "bare": bare,
+        "damaged": damaged,
+        "new": folder / "new",
+    }
 
 
 @pytest.mark.parametrize("mistake", WRONG)
-def test_mistakes_are_one_line(answers, mistake):
-    result, named = answers[mistake]
-    assert result.returncode != 0
+def test_mistakes_are_one_line(places, folder, mistake):
+    flags, named = WRONG[mistake]
+    result = Run(folder / "output", *(flag.format(**places) for flag in flags)).result()
+    assert result.returncode == 1
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    (line,) = result.stderr.splitlines()
+    line = result.stderr.splitlines()[-1]
     assert line.startswith("error: ")
     assert named in line
+    others = result.stderr.splitlines()[:-1]
+    assert all(other.startswith("warning: ") for other in others), others
+
+
+def test_the_list_of_mistakes_only_grows():
+    assert len(WRONG) >= 53
 
 
 def test_importing_the_package_is_light():

@@ -5,7 +5,7 @@ Importing this package loads nothing heavy; import the room you need:
 ``jax_ddpm.training``, ``jax_ddpm.generate``; or ``load`` a trained model and ``sample`` from it.
 """
 
-import os
+import pathlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None, raw: bool = False) -> "Trained":
+def load(workdir: str | pathlib.Path, step: int | None = None, raw: bool = False) -> "Trained":
     """The model that a run trained; see ``jax_ddpm.trained.load``."""
     from jax_ddpm import trained
 

@@ -74,11 +74,12 @@ def default() -> ConfigDict:
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
     config.sampling.clip = True  # the predicted x_0 to [-1, 1] in every step
-    return config
+    return config.lock()  # a mistyped field in a config file is an error, not a new field
 
 
 _CHOICES = {
-    "data.source": ("digits", "npz"),
+    "parallel": ("jit", "pmap"),
+    "data.source": ("digits", "npz", "idx", "cifar10", "folder", "tfds"),
     "model.dtype": ("float32", "bfloat16"),
     "parameterisation.variance": ("fixedsmall", "fixedlarge", "learned", "learned_range"),
     "loss.kind": ("error", "bound", "hybrid"),
@@ -96,6 +97,8 @@ _POSITIVE = (
     "training.heldout_every",
     "training.heldout_examples",
     "training.sample_every",
+    "training.checkpoint_every",
+    "training.keep_last",
     "training.num_steps",
     "sampling.num_samples",
     "sampling.batch_size",
@@ -123,17 +126,17 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "loss.weighting": tuple(losses.WEIGHTINGS),
         "loss.time_sampler": tuple(time_sampling.TIME_SAMPLERS),
     }
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed is {config.seed}; it must be from 0 to 2**32 - 1")
+    _require(config, "seed", lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1")
     for field, known in choices.items():
         _require(config, field, known.__contains__, f"one of {', '.join(known)}")
     for field in _POSITIVE:
         _require(config, field, lambda value: value > 0, "positive")
     for field in _FRACTIONS:
         _require(config, field, lambda value: 0 <= value < 1, "in [0, 1)")
-    for field in ("loss.bound_weight", "training.warmup_steps"):
+    for field in ("loss.bound_weight", "training.warmup_steps", "training.keep_every"):
         _require(config, field, lambda value: value >= 0, "0 or more")
     _require(config, "process.num_timesteps", lambda value: value >= 2, "at least 2")
+    _validate_data(config)
     _validate_process(config)
 
     part = config.training.accumulate * num_devices
@@ -158,6 +161,21 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "model.num_groups",
         lambda value: all(width % value == 0 for width in widths),
         f"a divisor of every level's width {widths}",
+    )
+
+
+def _validate_data(config: ConfigDict) -> None:
+    source = config.data.source
+    if source in ("npz", "idx", "cifar10", "folder"):
+        _require(config, "data.path", bool, f"the path of the data for data.source={source}")
+    if source == "tfds":
+        _require(config, "data.name", bool, "the name of a set of TensorFlow Datasets")
+    resizes = source in ("folder", "tfds")
+    _require(
+        config,
+        "data.image_size",
+        lambda value: value == 0 or (value > 0 and resizes),
+        "0 or more" if resizes else f"0: data.source={source} takes images as they are",
     )
 
 
@@ -219,7 +237,8 @@ def validate_for_data(
 
 
 def _require(config: ConfigDict, field: str, holds: Callable[[Any], bool], must_be: str) -> None:
-    section, name = field.split(".")
-    value = config[section][name]
+    value = config
+    for name in field.split("."):
+        value = value[name]
     if not holds(value):
         raise UserError(f"config.{field} is {value!r}; it must be {must_be}")

@@ -7,9 +7,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_ddpm.config import validate_for_data
+from jax_ddpm.data.cifar10 import cifar10
 from jax_ddpm.data.digits import digits
+from jax_ddpm.data.folder import folder
+from jax_ddpm.data.idx import idx
 from jax_ddpm.data.npz import npz
 from jax_ddpm.data.source import Source, Spec
+from jax_ddpm.data.tfds import tfds
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
 from jax_ddpm.diffusion.likelihood import ModelVariance
@@ -23,6 +27,10 @@ from jax_ddpm.models.unet import UNet
 SOURCES = {
     "digits": lambda data: digits(),
     "npz": lambda data: npz(data.path),
+    "idx": lambda data: idx(data.path),
+    "cifar10": lambda data: cifar10(data.path),
+    "folder": lambda data: folder(data.path, data.image_size),
+    "tfds": lambda data: tfds(data.name, data.path, data.image_size),
 }
 
 

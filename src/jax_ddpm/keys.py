@@ -9,7 +9,7 @@ import enum
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 
 class Stream(enum.IntEnum):
@@ -41,13 +41,15 @@ def example_keys(key: Any, index: Int[Array, " batch"]) -> Any:
 class StepKeys:
     """The keys of one training step.
 
-    ``index`` holds the place of each example in the global batch of ``batch_size`` examples.
+    ``index`` holds the place of each example in the global batch of ``batch_size`` examples. Mapped
+    over devices along ``axis_name``, these are the examples of one device.
     """
 
     seed: Any
     step: Int[Array, ""]
     index: Int[Array, " batch"]
     batch_size: int = dataclasses.field(metadata={"static": True})
+    axis_name: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def shared(self, stream: Stream) -> Any:
         """One key for the whole global batch."""
@@ -60,3 +62,9 @@ class StepKeys:
     def take(self, index: Int[Array, " part"]) -> "StepKeys":
         """The keys of a part of the batch."""
         return dataclasses.replace(self, index=index)
+
+    def gather(self, values: Shaped[Array, "here ..."]) -> Shaped[Array, "everywhere ..."]:
+        """Per-example values of all devices, one device after another."""
+        if self.axis_name is None:
+            return values
+        return jax.lax.all_gather(values, self.axis_name, tiled=True)

@@ -15,6 +15,7 @@ import warnings
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from jax_ddpm.command_line import parse_flags
 from jax_ddpm.errors import UserError
 from jax_ddpm.stopping import EXIT_CODE, Poll, Stopped, StopRequest
 
@@ -73,7 +74,7 @@ def run_check(poll: Poll) -> str:
     workdir = _train_workdir()
     from jax_ddpm.preflight import Preflight
 
-    Preflight(_CONFIG.value, workdir).run()
+    Preflight(_CONFIG.value, workdir).run(poll)
     return "ready to train"
 
 
@@ -90,8 +91,6 @@ def run_sample(poll: Poll) -> pathlib.Path:
     out = pathlib.Path(_OUT.value or workdir / "samples.png")
     raw = bool(_RAW.value) or _EMA.value is False
     trained = load(workdir, _CHECKPOINT_STEP.value, raw)
-    kind = "raw" if raw else "averaged"
-    print(f"sampling from the {kind} parameters of step {trained.step:,}", file=sys.stderr)
     write_samples(
         trained,
         out,
@@ -102,26 +101,12 @@ def run_sample(poll: Poll) -> pathlib.Path:
         moments=_PROGRESSIVE.value,
         poll=poll,
     )
+    kind = "raw" if raw else "averaged"
+    print(
+        f"{_NUM_SAMPLES.value} images from the {kind} parameters of step {trained.step:,}",
+        file=sys.stderr,
+    )
     return out
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; what it does not understand is one line and exit code 1."""
-    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-        name, equals, path = flag.partition("=")
-        path = path if equals else following
-        if name in ("-config", "--config") and not pathlib.Path(path).is_file():
-            sys.exit(f"error: --config: no file {path!r}; give the path of a config in configs/")
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        message: object = error
-    except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
-        message = error
-        while isinstance(message, Exception) and message.args:
-            message = message.args[0]
-        message = f"--config: unknown field {message}"
-    sys.exit(f"error: {' '.join(str(message).split())}; --help lists all flags")
 
 
 def main(argv: list[str]) -> None:

@@ -14,6 +14,7 @@ from jax_ddpm import factory
 from jax_ddpm.config import validate
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.errors import UserError
+from jax_ddpm.stopping import Poll, never
 from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
 from jax_ddpm.training.identity import require_same_run
@@ -28,8 +29,8 @@ class Preflight:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
 
-    def run(self) -> None:
-        """Prints a row for each check.
+    def run(self, poll: Poll = never) -> None:
+        """Prints a row for each check, before each of which ``poll`` is called.
 
         Raises:
           UserError: at the first that fails, with what is to be mended.
@@ -43,6 +44,7 @@ class Preflight:
             self.checkpoints,
             self.train_step,
         ):
+            poll()
             name = check.__name__.replace("_", " ")
             print(f"{name:<14}", end="", flush=True)
             try:
@@ -133,7 +135,8 @@ class Preflight:
         """One step compiles, and what it will hold in memory."""
         start = time.perf_counter()
         step_fn = compile_step(self.recipe, self.mesh, self.config.parallel)
-        memory = step_fn.lower(self.state, self.batch, self.seed).compile().memory_analysis()
+        compiled = step_fn.lower(self.state, self.batch, self.seed).compile()
+        memory: Any = compiled.memory_analysis()
         seconds = time.perf_counter() - start
         needed = (
             memory.argument_size_in_bytes

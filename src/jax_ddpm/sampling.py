@@ -62,7 +62,7 @@ def write_samples(
 
     def draw(starts):
         for start, batch in generator.draw(trained.params, seed, starts, label, poll):
-            yield start, images.to_uint8(batch.x[-1])
+            yield start, images.to_uint8(np.asarray(batch.x[-1]))
 
     record = trained.record | {"seed": seed, "class": label}
     if out.suffix == ".npz":
@@ -83,9 +83,12 @@ def write_folder(
     Raises:
       UserError: where the folder holds anything else, or samples of another record.
     """
+    from tqdm import tqdm
+
     _claim(out, num_samples, record)
     missing = [i for i in range(num_samples) if not _image(out, i).exists()]
-    for start, batch in draw(sorted({i - i % batch_size for i in missing})):
+    starts = sorted({i - i % batch_size for i in missing})
+    for start, batch in tqdm(draw(starts), total=len(starts), unit="batch", disable=None):
         for i, image in enumerate(batch, start):
             if i < num_samples and not _image(out, i).exists():
                 images.save_png(_image(out, i), image)

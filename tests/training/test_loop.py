@@ -1,6 +1,8 @@
 """The loop around the step, with the network replaced by one of a few parameters."""
 
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -9,30 +11,41 @@ import pytest
 import tiny
 
 from jax_ddpm import factory
+from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.errors import UserError
+from jax_ddpm.stopping import Stopped
 from jax_ddpm.training import checkpoint
 from jax_ddpm.training.loop import train
+from jax_ddpm.training.metrics import MetricWriter
+
+NUM_STEPS = 6
+FIELDS = {
+    "model__class_conditional": True,
+    "loss__time_sampler": "loss_second_moment",
+    "training__num_steps": NUM_STEPS,
+    "training__log_every": 4,
+    "training__heldout_every": 3,
+    "training__heldout_examples": 20,
+    "training__sample_every": 2,
+    "training__checkpoint_every": 4,
+    "sampling__num_samples": 10,
+    "sampling__batch_size": 4,
+}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """``run(workdir, …)`` trains on the digits for four steps."""
+def run():
+    """``run(workdir, …)`` trains on the digits for a few steps."""
 
-    def run(workdir, **fields):
-        config = tiny.config(
-            **{
-                "training__log_every": 2,
-                "training__heldout_every": 4,
-                "training__heldout_examples": 20,
-                "training__sample_every": 2,
-            }
-            | fields
-        )
-        train(config, workdir)
+    def run(workdir, poll=lambda: None, accept_changes=False, **fields):
+        train(tiny.config(**FIELDS | fields), workdir, poll=poll, accept_changes=accept_changes)
         return workdir
 
+    def make_network(module, shape):
+        return tiny.network(shape[-1], module.num_classes)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factory, "make_network", lambda module, shape: tiny.network(shape[-1]))
+        patch.setattr(factory, "make_network", make_network)
         yield run
 
 
@@ -41,48 +54,167 @@ def finished(run, tmp_path_factory):
     return run(tmp_path_factory.mktemp("finished"))
 
 
-def log(workdir, *without):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+def log(workdir):
+    """All lines, less what depends on the clock."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line | {"images_per_second": None} for line in lines]
+
+
+def last_state(workdir):
+    step = checkpoint.steps(workdir)[-1]
+    items = ("params", "ema", "opt_state", "extra")
+    return step, {item: checkpoint.restore_item(workdir, step, item) for item in items}
+
+
+def pictures(workdir):
+    return {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
+
+
+def assert_same_run(one, other):
+    assert log(one) == log(other)
+    assert pictures(one) == pictures(other)
+    jax.tree.map(np.testing.assert_array_equal, last_state(one), last_state(other))
+
+
+class StopAtCall:
+    """A poll that asks to stop at its n-th call."""
+
+    def __init__(self, call):
+        self.left = call
+
+    def __call__(self):
+        self.left -= 1
+        if self.left == 0:
+            raise Stopped
 
 
 def test_writes_at_its_intervals_and_at_the_end(finished):
-    assert [line["step"] for line in log(finished) if "loss" in line] == [2, 4]
-    assert [line["step"] for line in log(finished) if "heldout_loss" in line] == [4]
-    pictures = sorted(path.name for path in (finished / "samples").iterdir())
-    assert pictures == ["step_0000002.png", "step_0000004.png"]
+    assert [line["step"] for line in log(finished) if "loss" in line] == [4, 6]
+    assert [line["step"] for line in log(finished) if "heldout_loss" in line] == [3, 6]
+    assert sorted(pictures(finished)) == [f"step_000000{i}.png" for i in (2, 4, 6)]
+    assert checkpoint.steps(finished) == [4, 6]
     assert [*(finished / "tensorboard").iterdir()]
     assert json.loads((finished / "data.json").read_text())["identity"].startswith("sklearn-digits")
 
 
-def test_refuses_a_workdir_that_holds_a_finished_run(run, finished):
-    before = (finished / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=str(finished)) as caught:
-        run(finished)
-    assert "\n" not in str(caught.value)
-    assert (finished / "metrics.jsonl").read_text() == before
-
-
-def test_starts_an_unfinished_run_over_and_repeats_it_exactly(run, finished, tmp_path):
-    workdir = tmp_path / "unfinished"
-    shutil.copytree(finished, workdir)
-    shutil.rmtree(workdir / "checkpoint")
-    run(workdir)
-    assert log(workdir, "images_per_second") == log(finished, "images_per_second")
-    jax.tree.map(
-        np.testing.assert_array_equal, checkpoint.restore(workdir), checkpoint.restore(finished)
-    )
-
-
 def test_average_and_parameters_are_both_kept(finished):
-    saved = checkpoint.restore(finished)
-    assert saved.keys() == {"params", "ema"}
-    assert np.any(saved["params"]["network"]["gain"] != saved["ema"]["network"]["gain"])
+    _, state = last_state(finished)
+    gains = [state[item]["network"]["gain"] for item in ("params", "ema")]
+    assert np.any(gains[0] != gains[1])
 
 
-def test_stops_at_the_first_step_that_is_not_finite(run, tmp_path):
+def test_stopped_again_and_again_ends_the_same(run, finished, tmp_path):
+    """After a step, and in the midst of drawing samples and of measuring on held-out data."""
+    stops = []
+    for call in range(1, 20):
+        try:
+            run(tmp_path, poll=StopAtCall(call))
+        except Stopped:
+            stops.append(checkpoint.steps(tmp_path)[-1])
+        else:
+            break
+    assert stops == sorted(stops)
+    assert len(set(stops)) < len(stops), "some stops came between two steps"
+    assert_same_run(tmp_path, finished)
+
+
+def test_more_steps_later_end_the_same(run, finished, tmp_path):
+    """But for the evaluations at what was the end."""
+    run(tmp_path, training__num_steps=5)
+    run(tmp_path)
+    (tmp_path / "samples" / "step_0000005.png").unlink()
+    assert_same_run(tmp_path, finished)
+
+
+def test_goes_on_under_pmap(run, finished, tmp_path):
+    """How the step is compiled is not part of what a run is; sums are rounded differently."""
+    with pytest.raises(Stopped):
+        run(tmp_path, poll=StopAtCall(1))
+    run(tmp_path, parallel="pmap")
+    (step, state), (expected_step, expected) = last_state(tmp_path), last_state(finished)
+    assert step == expected_step
+    for item in ("params", "ema"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            state[item],
+            expected[item],
+        )
+
+
+def test_a_finished_run_is_left_alone(run, finished):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+    lines = log(finished)
+    run(finished)
+    assert {p: p.stat().st_mtime_ns for p in (finished / "checkpoints").rglob("*")} == before
+    assert log(finished) == lines
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(run, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "samples" / "step_0000006.png").unlink()
+    array = max(
+        (workdir / "checkpoints" / "6" / "ema").rglob("d/*"), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+    with pytest.warns(UserWarning, match="checkpoint 6 is damaged: ema/.* has changed"):
+        run(workdir)
+    assert_same_run(workdir, finished)
+    assert (workdir / "damaged" / "6").is_dir()
+
+
+def test_another_config_is_refused_unless_told(run, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    changes = {"training__learning_rate": 1e-3, "training__num_steps": 8}
+    with pytest.raises(
+        UserError, match=r"training.learning_rate 0.0002 → 0.001; .*--accept_changes"
+    ):
+        run(workdir, **changes)
+    assert json.loads((workdir / "config.json").read_text())["training"]["num_steps"] == NUM_STEPS
+    with pytest.warns(UserWarning, match=r"training.learning_rate 0.0002 → 0.001"):
+        run(workdir, accept_changes=True, **changes)
+    assert last_state(workdir)[0] == 8
+    assert json.loads((workdir / "config.json").read_text())["training"]["num_steps"] == 8
+
+
+def test_fewer_steps_than_are_done_are_refused(run, finished):
+    with pytest.raises(UserError, match=r"6 steps are done; raise training.num_steps"):
+        run(finished, training__num_steps=4)
+
+
+def test_starts_from_the_averages_of_another_run(run, finished, tmp_path):
+    """With a learning rate of almost nothing they stay what they were."""
+    run(tmp_path, init_from=str(finished), training__learning_rate=1e-30)
+    (_, state), (_, start) = last_state(tmp_path), last_state(finished)
+    jax.tree.map(np.testing.assert_array_equal, state["params"], start["ema"])
+
+
+def test_stops_at_the_first_step_that_is_not_finite(run, finished, tmp_path):
     """Adam's first update is as large as the learning rate, so the second loss overflows."""
     with pytest.raises(UserError, match=r"^step 1: loss.* not finite") as caught:
-        run(tmp_path, training__learning_rate=1e30)
+        run(tmp_path, training__learning_rate=1e30, training__checkpoint_every=1)
     assert "\n" not in str(caught.value)
-    assert not checkpoint.exists(tmp_path)
+    report = json.loads((tmp_path / "nonfinite_step_1.json").read_text())
+    assert str(tmp_path / "nonfinite_step_1.json") in str(caught.value)
+    assert report["step"] == 1
+    assert "loss" in report["not_finite"]
+    assert report["examples"] == batch_indices(0, 1, 8, 1438).tolist()
+    assert checkpoint.steps(tmp_path) == [1], "the last good one"
+
+
+def test_a_full_disk_is_one_line_and_harms_nothing(run, finished, tmp_path, monkeypatch):
+    def write(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(MetricWriter, "write", write)
+        with pytest.raises(
+            UserError, match="No space left on device; the checkpoints in"
+        ) as caught:
+            run(tmp_path)
+    assert "\n" not in str(caught.value)
+    run(tmp_path)
+    assert_same_run(tmp_path, finished)

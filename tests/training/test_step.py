@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm.keys import Stream
 from jax_ddpm.training.recipe import make_learning_rate, make_recipe
@@ -15,12 +16,17 @@ from jax_ddpm.training.state import Average, Phase, Recipe, init_state
 from jax_ddpm.training.step import compile_step, data_mesh, replicate
 
 SEED = jax.random.key(7)
+both_ways = pytest.mark.parametrize("parallel", ["jit", "pmap"])
 
 
-def train(recipe, mesh, params, extra, batches):
+def start(recipe, mesh, params, extra=()):
+    """The state before step 0, of copies that may be donated."""
+    return replicate(init_state(recipe, jax.tree.map(jnp.array, params), extra), mesh)
+
+
+def train(recipe, mesh, params, extra, batches, parallel="jit"):
     """The state and the metrics after each batch, as NumPy."""
-    step = compile_step(recipe, mesh)
-    state = replicate(init_state(recipe, jax.tree.map(jnp.array, params), extra), mesh)
+    step, state = compile_step(recipe, mesh, parallel), start(recipe, mesh, params, extra)
     log = []
     for batch in batches:
         state, metrics = step(state, batch, SEED)
@@ -37,7 +43,7 @@ def run(make_setting, mesh_of):
     """Two steps of DDPM training with a time sampler, split as told."""
 
     @functools.cache
-    def run(time_sampler, accumulate, num_devices):
+    def run(time_sampler, accumulate, num_devices, parallel="jit"):
         everything = time_sampler == "uniform"  # once suffices, random numbers compile slowly
         setting = make_setting(
             loss__time_sampler=time_sampler,
@@ -52,25 +58,30 @@ def run(make_setting, mesh_of):
         params = {"network": setting.model.network.init(jax.random.key(0))}
         batches = [tiny.batch(setting.spec, seed=i) for i in range(2)]
         recipe = make_recipe(setting.config, setting.objective)._replace(accumulate=accumulate)
-        return train(recipe, mesh_of(num_devices), params, extra, batches)
+        return train(recipe, mesh_of(num_devices), params, extra, batches, parallel)
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("time_sampler", "accumulate", "num_devices"),
+    ("time_sampler", "accumulate", "num_devices", "parallel"),
     [
-        ("uniform", 2, 4),
-        ("stratified", 2, 4),
-        ("loss_second_moment", 2, 1),
+        ("uniform", 2, 4, "jit"),
+        ("stratified", 2, 4, "jit"),
+        ("loss_second_moment", 2, 1, "jit"),
+        ("uniform", 1, 4, "pmap"),
+        ("stratified", 1, 1, "pmap"),
+        ("stratified", 2, 2, "pmap"),
+        ("loss_second_moment", 2, 4, "pmap"),
     ],
 )
 def test_splitting_the_batch_changes_neither_state_nor_metrics(
-    run, time_sampler, accumulate, num_devices
+    run, time_sampler, accumulate, num_devices, parallel
 ):
     """Noise, time, dropout, flips and label drop belong to examples, not to where they are."""
     whole = run(time_sampler, accumulate=1, num_devices=1)
-    all_close(run(time_sampler, accumulate, num_devices), whole, rtol=2e-5, atol=1e-6)
+    split = run(time_sampler, accumulate, num_devices, parallel)
+    all_close(split, whole, rtol=2e-5, atol=1e-6)
 
 
 class Quadratic:
@@ -106,7 +117,8 @@ def points():
 START = {"network": {"w": np.array([3.0, -1.0, 0.5], "f")}}
 
 
-def test_update_is_clipped_adam_with_warm_up_and_an_average(quadratic_recipe, mesh_of, points):
+@both_ways
+def test_update_is_clipped_adam_with_warm_up_and_an_average(quadratic_recipe, points, parallel):
     """Against the algorithms of Kingma & Ba 2015 and Ho et al. 2020, written out in float64."""
     rate, beta1, beta2, epsilon, clip, decay = 0.1, 0.8, 0.95, 1e-3, 3.1, 0.2
     recipe = quadratic_recipe(
@@ -118,7 +130,7 @@ def test_update_is_clipped_adam_with_warm_up_and_an_average(quadratic_recipe, me
         training__grad_clip=clip,
         training__ema_decay=decay,
     )
-    state, log = train(recipe, mesh_of(1), START, (), [{"x": x} for x in points])
+    state, log = train(recipe, data_mesh(), START, (), [{"x": x} for x in points], parallel)
 
     w = START["network"]["w"].astype(np.float64)
     average, first, second, norms = w, np.zeros(3), np.zeros(3), []
@@ -176,7 +188,8 @@ class TestLearningRate:
         np.testing.assert_allclose(rate(0, 4), [0, 0.2], rtol=1e-6)
 
 
-def test_phases_train_their_names_in_turn_with_their_own_optimiser(mesh_of, points):
+@both_ways
+def test_phases_train_their_names_in_turn_with_their_own_optimiser(points, parallel):
     """The second phase sees the parameters that the first has just updated."""
     recipe = Recipe(
         phases=(
@@ -187,17 +200,17 @@ def test_phases_train_their_names_in_turn_with_their_own_optimiser(mesh_of, poin
         ),
         averages={"slow_a": Average("a", lambda step: 0.75)},
     )
-    start = {
+    params = {
         name: {"w": np.full(3, value, "f")} for name, value in zip("abc", (1, 2, 3), strict=True)
     }
-    state, _ = train(recipe, mesh_of(1), start, (), [{"x": x} for x in points])
+    state, _ = train(recipe, data_mesh(), params, (), [{"x": x} for x in points], parallel)
 
     a, b, slow = np.full(3, 1.0), np.full(3, 2.0), np.full(3, 1.0)
     for x in points.astype(np.float64):
         a = a - 0.1 * (a - x.mean(axis=0))
         b = b - 0.5 * (b - a)
         slow = 0.75 * slow + 0.25 * a
-    all_close(state.params, {"a": {"w": a}, "b": {"w": b}, "c": start["c"]}, rtol=1e-5)
+    all_close(state.params, {"a": {"w": a}, "b": {"w": b}, "c": params["c"]}, rtol=1e-5)
     all_close(state.ema, {"slow_a": {"w": slow}}, rtol=1e-5)
 
 
@@ -221,18 +234,22 @@ class Failing(Quadratic):
 
 @pytest.mark.parametrize("how", ["loss_nan", "loss_of_one_example_nan", "gradient_nan"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_update_that_is_not_finite_is_not_applied(quadratic_recipe, points, how, accumulate):
+@both_ways
+def test_an_update_that_is_not_finite_is_not_applied(
+    quadratic_recipe, points, how, accumulate, parallel
+):
+    """On any device: all of them keep what they had."""
     recipe = quadratic_recipe(Failing(how), training__accumulate=accumulate)
-    step = compile_step(recipe, data_mesh())
-    state = replicate(
-        init_state(recipe, jax.tree.map(jnp.array, START), jnp.zeros(())), data_mesh()
-    )
+    step = compile_step(recipe, data_mesh(), parallel)
+    state = start(recipe, data_mesh(), START, jnp.zeros(()))
 
     states, finite = [], []
     for x in points[:3]:
         state, metrics = step(state, {"x": x}, SEED)
         states.append(jax.device_get(state))
         finite.append(float(metrics["finite"][0]))
+        on_devices = [shard.data for shard in state.params["network"]["w"].addressable_shards]
+        assert np.ptp(on_devices, axis=0).max() == 0
     assert finite == [1, 0, 1]
     assert [int(state.step) for state in states] == [1, 2, 3]
     jax.tree.map(np.testing.assert_array_equal, states[1]._replace(step=states[0].step), states[0])
@@ -240,7 +257,8 @@ def test_an_update_that_is_not_finite_is_not_applied(quadratic_recipe, points, h
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(states[2]))
 
 
-def test_is_compiled_once(quadratic_recipe, points):
+@both_ways
+def test_is_compiled_once(quadratic_recipe, points, parallel):
     traces = []
 
     class Counting(Quadratic):
@@ -248,16 +266,40 @@ def test_is_compiled_once(quadratic_recipe, points):
             traces.append(params)
             return super().__call__(params, *args)
 
-    train(quadratic_recipe(Counting()), data_mesh(), START, (), [{"x": x} for x in points])
+    train(
+        quadratic_recipe(Counting()), data_mesh(), START, (), [{"x": x} for x in points], parallel
+    )
     assert len(traces) == 1
 
 
+@both_ways
+def test_the_state_stays_whole_on_every_device(quadratic_recipe, points, parallel):
+    """In the sharding that all else over the mesh is compiled for."""
+    recipe, mesh = quadratic_recipe(), data_mesh()
+    before = start(recipe, mesh, START)
+    shapes = jax.tree.map(jnp.shape, before)
+    state, metrics = compile_step(recipe, mesh, parallel)(before, {"x": points[0]}, SEED)
+    assert jax.tree.map(jnp.shape, state) == shapes
+    whole = NamedSharding(mesh, PartitionSpec())
+    assert all(leaf.sharding == whole for leaf in jax.tree.leaves((state, metrics)))
+
+
+@both_ways
+def test_batches_may_lie_on_the_mesh_already(quadratic_recipe, points, parallel):
+    recipe, mesh = quadratic_recipe(), data_mesh()
+    host = [{"x": x} for x in points[:2]]
+    placed = jax.device_put(host, NamedSharding(mesh, PartitionSpec("data")))
+    of_host, of_placed = (train(recipe, mesh, START, (), b, parallel) for b in (host, placed))
+    jax.tree.map(np.testing.assert_array_equal, of_placed, of_host)
+
+
 class TestDonation:
-    def test_the_old_state_is_given_up(self, quadratic_recipe, points):
+    @both_ways
+    def test_the_old_state_is_given_up(self, quadratic_recipe, points, parallel):
         recipe, mesh = quadratic_recipe(), data_mesh()
-        state = replicate(init_state(recipe, jax.tree.map(jnp.array, START), ()), mesh)
+        state = start(recipe, mesh, START)
         old = jax.tree.leaves(state)
-        compile_step(recipe, mesh)(state, {"x": points[0]}, SEED)
+        compile_step(recipe, mesh, parallel)(state, {"x": points[0]}, SEED)
         assert all(leaf.is_deleted() for leaf in old)
 
     def test_averages_are_copies(self, quadratic_recipe):
@@ -283,12 +325,13 @@ def test_objectives_get_keys_by_global_index(quadratic_recipe, mesh_of, points):
             START,
             (),
             [{"x": x} for x in points[:2]],
+            parallel,
         )[1]
-        for n, d in ((1, 1), (4, 2))
+        for n, d, parallel in ((1, 1, "jit"), (4, 2, "jit"), (2, 4, "pmap"))
     ]
-    for step, (whole, split) in enumerate(zip(*logs, strict=True)):
+    for step, metrics in enumerate(zip(*logs, strict=True)):
         key = jax.random.fold_in(jax.random.fold_in(SEED, Stream.NOISE), step)
         noise = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(8)]
         expected = np.sum(points[step][:, 0] * np.array(noise)), 8
-        np.testing.assert_allclose(whole["noise"], expected, rtol=1e-5)
-        np.testing.assert_allclose(split["noise"], expected, rtol=1e-5)
+        for split in metrics:
+            np.testing.assert_allclose(split["noise"], expected, rtol=1e-5)

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from jax_ddpm.data.source import ArraySource, Batch, hold_out
+from jax_ddpm.data.source import ArraySource, Batch, check_pair, hold_out
 from jax_ddpm.errors import UserError
 
 
@@ -36,18 +36,13 @@ def npz(path: str, heldout_fraction: float = 0.1) -> ArraySource:
     train = _split(path, arrays, "train")
     if "test_images" in arrays:
         splits = {"train": train, "heldout": _split(path, arrays, "test")}
-        if splits["heldout"].keys() != train.keys():
-            raise UserError(f"{path}: give labels for both 'train' and 'test', or for neither")
-        if splits["heldout"]["image"].shape[1:] != train["image"].shape[1:]:
-            raise UserError(f"{path}: train_images and test_images differ in size")
-        if "label" in train and splits["heldout"]["label"].max() > train["label"].max():
-            raise UserError(f"{path}: test_labels holds classes that train_labels does not reach")
+        check_pair(path, **splits)
     else:
         splits = hold_out(train, heldout_fraction)
         if not all(len(split["image"]) for split in splits.values()):
             raise UserError(f"{path}: too few images to hold some out; add more, or test_images")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return ArraySource(splits, num_levels=256, identity=f"npz/{file.name}/sha256-{digest}")
+    return ArraySource(splits, num_levels=256, identity=f"npz/sha256-{digest}")
 
 
 def _split(path: str, arrays: dict[str, np.ndarray], prefix: str) -> Batch:

@@ -5,6 +5,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jax_ddpm.errors import UserError
+
 Batch = dict[str, np.ndarray]
 
 
@@ -52,12 +54,34 @@ class ArraySource:
         return {name: array[indices] for name, array in self._splits[split].items()}
 
 
-def hold_out(batch: Batch, fraction: float) -> dict[str, Batch]:
-    """Splits at random, the same way always: ``RandomState`` has a frozen stream (NEP 19)."""
-    count = len(batch["image"])
+def random_split(count: int, fraction: float) -> dict[str, Int[np.ndarray, " n"]]:
+    """Which of ``count`` examples are for training and which are held out.
+
+    Random and always the same: ``RandomState`` has a frozen stream (NEP 19).
+    """
     order = np.random.RandomState(0).permutation(count)
     held_out, train = np.split(order, [round(count * fraction)])
+    return {"train": train, "heldout": held_out}
+
+
+def hold_out(batch: Batch, fraction: float) -> dict[str, Batch]:
+    """Splits arrays with ``random_split``."""
     return {
-        "train": {name: array[train] for name, array in batch.items()},
-        "heldout": {name: array[held_out] for name, array in batch.items()},
+        split: {name: array[indices] for name, array in batch.items()}
+        for split, indices in random_split(len(batch["image"]), fraction).items()
     }
+
+
+def check_pair(path: str, train: Batch, heldout: Batch) -> None:
+    """Checks that two splits which a user gives belong together.
+
+    Raises:
+      UserError: naming ``path``, where only one has labels, or the held-out split has images of
+        another size or classes that training does not reach.
+    """
+    if heldout.keys() != train.keys():
+        raise UserError(f"{path}: give labels for both training and test images, or for neither")
+    if train["image"].shape[1:] != heldout["image"].shape[1:]:
+        raise UserError(f"{path}: training and test images differ in size or channels")
+    if "label" in train and heldout["label"].max() > train["label"].max():
+        raise UserError(f"{path}: the test labels hold classes that the training labels do not")

@@ -102,7 +102,7 @@ class LossSecondMoment:
             jnp.zeros((self.num_timesteps, self.length)),
             jnp.zeros(self.num_timesteps, jnp.int32),
             jnp.full((), -1, jnp.int32),
-            jnp.full(self.num_timesteps, 1 / self.num_timesteps),
+            jnp.full(self.num_timesteps, 1 / self.num_timesteps, jnp.float32),
         )
 
     def probabilities(self, state: LossHistory, step: Int[Array, ""]) -> Float[Array, " T"]:

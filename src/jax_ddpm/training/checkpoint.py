@@ -87,8 +87,8 @@ def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | N
     return None
 
 
-def restore_item(workdir: pathlib.Path, step: int, item: str) -> dict[str, Any]:
-    """One item of a checkpoint, such as "ema" or "params", as NumPy arrays.
+def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
+    """One item of a checkpoint, such as "ema" or "params", as a tree of NumPy arrays.
 
     Raises:
       UserError: where it is damaged, or Orbax cannot read it.

@@ -116,7 +116,7 @@ def differences(
 
 
 def _fields(sections: dict[str, Any]) -> dict[str, Any]:
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in sections.items():
         if isinstance(value, dict):
             fields |= {f"{name}.{field}": inner for field, inner in value.items()}

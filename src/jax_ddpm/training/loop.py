@@ -100,7 +100,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
                 bar.show(step, scalars)
 
             meter = Meter(batch_size, every.log_every, log)
-            meter.restore(resumed.get("unlogged", {}))
+            meter.restore(done, resumed.get("unlogged", {}))
 
             def save() -> None:
                 with meter.paused():

@@ -51,7 +51,7 @@ class Meter:
         self._batch_size, self._every, self._write, self._lag = batch_size, every, write, lag
         self._pending: deque[tuple[int, Metrics]] = deque()
         self._sums: dict[str, np.ndarray] = {}
-        self._last = -1
+        self._done = 0
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -79,15 +79,15 @@ class Meter:
                 ]
                 raise NonFinite(step, bad)
             self._sums = {name: self._sums.get(name, 0) + pair for name, pair in sums.items()}
-            self._timed_steps, self._last = self._timed_steps + 1, step
-            if (step + 1) % self._every == 0:
+            self._timed_steps, self._done = self._timed_steps + 1, step + 1
+            if self._done % self._every == 0:
                 self._write_line()
 
     def _write_line(self) -> None:
         means = weighted_means(self._sums)
         seconds = time.perf_counter() - self._start
         means["images_per_second"] = self._timed_steps * self._batch_size / seconds
-        self._write(self._last + 1, means)
+        self._write(self._done, means)
         self._sums = {}
         self._restart_clock()
 
@@ -102,8 +102,9 @@ class Meter:
         self._fetch(0)
         return {name: pair.tolist() for name, pair in self._sums.items()}
 
-    def restore(self, state: Mapping[str, list[float]]) -> None:
-        """Goes on from the sums of an interrupted run."""
+    def restore(self, done: int, state: Mapping[str, list[float]]) -> None:
+        """Goes on from the sums of a run that was interrupted after ``done`` steps."""
+        self._done = done
         self._sums = {name: np.array(pair, float) for name, pair in state.items()}
 
     @contextlib.contextmanager
@@ -199,7 +200,7 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s")
             return
         elapsed = time.perf_counter() - self._start
-        left = elapsed / (step - self._resumed) * (self._num_steps - step)
+        left = elapsed / max(1, step - self._resumed) * (self._num_steps - step)
         self.say(
             f"step {step:,}/{self._num_steps:,}  loss {loss:.4f}  {rate:,.0f} images/s  "
             f"{_clock(elapsed)} elapsed, {_clock(left)} left"

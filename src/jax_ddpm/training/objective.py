@@ -75,7 +75,7 @@ class DiffusionObjective:
             keys.per_example(Stream.DROPOUT) if self.augment else None,
         )
         loss = self._loss(output, x0, xt, eps, t)
-        extra = self.time_sampler.update(extra, step, t, loss)
+        extra = self.time_sampler.update(extra, step, keys.gather(t), keys.gather(loss))
         return loss * importance, self._metrics(loss, t), extra
 
     def _images(self, batch: dict[str, Array], keys: StepKeys) -> Array:

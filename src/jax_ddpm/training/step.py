@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,41 @@ from jax_ddpm.keys import StepKeys
 from jax_ddpm.training.state import Metrics, Phase, Recipe, TrainState
 
 
+class CompiledStep(NamedTuple):
+    """(state, global batch, seed) → (state, metrics).
+
+    ``program`` is what jit or pmap made, ``arrange`` brings a batch into the shape that it takes.
+    """
+
+    program: jax.stages.Wrapped
+    arrange: Callable[[dict[str, Any]], dict[str, Any]]
+
+    def __call__(
+        self, state: TrainState, batch: dict[str, Any], seed: Any
+    ) -> tuple[TrainState, Metrics]:
+        return self.program(state, self.arrange(batch), seed)
+
+    def lower(self, state: TrainState, batch: dict[str, Any], seed: Any) -> jax.stages.Lowered:
+        """The program before it is compiled, to ask what it will need."""
+        return self.program.lower(state, self.arrange(batch), seed)
+
+
 def train_step(
-    recipe: Recipe, state: TrainState, batch: dict[str, Array], seed: Any
+    recipe: Recipe,
+    state: TrainState,
+    batch: dict[str, Array],
+    seed: Any,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update from a global batch under the run's seed key.
+
+    Mapped over devices along ``axis_name``, ``batch`` is this device's share of the global batch,
+    the next examples after those of the device before; the result is that of the whole.
 
     Where the loss or a gradient is not finite nothing is updated but the step count, and the
     metric ``finite`` is below 1.
     """
-    batch_size = len(jax.tree.leaves(batch)[0])
-    keys = StepKeys(seed, state.step, jnp.arange(batch_size), batch_size)
+    keys = _step_keys(seed, state.step, len(jax.tree.leaves(batch)[0]), axis_name)
     params, opt_state, extra = dict(state.params), list(state.opt_state), state.extra
     metrics: Metrics = {}
     finite = jnp.array(True)
@@ -56,6 +81,14 @@ def train_step(
     return state._replace(step=state.step + 1), metrics
 
 
+def _step_keys(seed: Any, step: Array, share: int, axis_name: str | None) -> StepKeys:
+    """The keys of this device's share of the global batch: all of it where nothing is mapped."""
+    if axis_name is None:
+        return StepKeys(seed, step, jnp.arange(share), share)
+    index = jax.lax.axis_index(axis_name) * share + jnp.arange(share)
+    return StepKeys(seed, step, index, share * jax.lax.axis_size(axis_name), axis_name)
+
+
 def _gradients(
     phase: Phase,
     params: dict[str, Any],
@@ -65,7 +98,8 @@ def _gradients(
     step: Array,
     accumulate: int,
 ) -> tuple[Any, Metrics, Any]:
-    """Gradients of the mean loss, summed over ``accumulate`` micro-batches in turn."""
+    """Gradients of the mean loss, summed over ``accumulate`` micro-batches in turn, then over the
+    devices that the batch is mapped over."""
     trained = {name: params[name] for name in phase.trains}
 
     def summed_loss(trained, extra, part, part_keys):
@@ -94,7 +128,10 @@ def _gradients(
     carry = part_gradients(extra, jax.tree.map(lambda x: x[0], parts))
     if accumulate > 1:
         carry, _ = jax.lax.scan(add_part, carry, jax.tree.map(lambda x: x[1:], parts))
-    extra, (gradients, metrics) = carry
+    extra, sums = carry
+    if keys.axis_name is not None:
+        sums = jax.lax.psum(sums, keys.axis_name)
+    gradients, metrics = sums
     return jax.tree.map(lambda g: g / keys.batch_size, gradients), metrics, extra
 
 
@@ -116,15 +153,41 @@ def replicate(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
 
-def compile_step(
-    recipe: Recipe, mesh: Mesh
-) -> Callable[[TrainState, dict[str, Any], Any], tuple[TrainState, Metrics]]:
-    """``train_step`` over the mesh: batch split over devices, state whole on each and donated."""
+def compile_step(recipe: Recipe, mesh: Mesh, parallel: str = "jit") -> CompiledStep:
+    """``train_step`` over the mesh: batch split over devices, state whole on each and donated.
+
+    Under "jit" XLA splits the step of the global batch; under "pmap" each device takes the step of
+    its share, with explicit sums over devices. Both take the same global batch, from the host or
+    already split over the mesh, and give the same result.
+    """
+    return {"jit": _jit_step, "pmap": _pmap_step}[parallel](recipe, mesh)
+
+
+def _jit_step(recipe: Recipe, mesh: Mesh) -> CompiledStep:
     whole = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.jit(
+    step = jax.jit(
         partial(train_step, recipe),
         in_shardings=(whole, split, whole),
         out_shardings=(whole, whole),
         donate_argnums=0,
     )
+    return CompiledStep(step, lambda batch: batch)
+
+
+def _pmap_step(recipe: Recipe, mesh: Mesh) -> CompiledStep:
+    # Under the mesh's own name for the axis the state comes back in the mesh's own sharding, so
+    # whatever else is compiled over the mesh takes it as it is.
+    step = jax.pmap(
+        partial(train_step, recipe, axis_name="data"),
+        axis_name="data",
+        in_axes=(None, 0, None),
+        out_axes=None,
+        devices=list(mesh.devices.flat),
+        donate_argnums=0,
+    )
+
+    def shares(batch):
+        return jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch)
+
+    return CompiledStep(step, shares)

@@ -1,0 +1,72 @@
+"""MNIST and its kin, in the IDX format."""
+
+import gzip
+import hashlib
+import math
+import pathlib
+import zlib
+
+import numpy as np
+
+from jax_ddpm.data.source import ArraySource, Batch, check_pair
+from jax_ddpm.errors import UserError
+
+_PREFIXES = {"train": "train", "heldout": "t10k"}
+
+
+def idx(path: str) -> ArraySource:
+    """Gray images and labels from the folder that holds MNIST's four files, plain or ``.gz``.
+
+    Raises:
+      UserError: naming the file and what is wrong with it.
+    """
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        raise UserError(f"data.path: no folder {path!r}; give the folder of the four IDX files")
+    splits = {split: _split(folder, prefix) for split, prefix in _PREFIXES.items()}
+    check_pair(path, **splits)
+    digest = hashlib.sha256()
+    for batch in splits.values():
+        digest.update(batch["image"].tobytes() + batch["label"].tobytes())
+    return ArraySource(splits, num_levels=256, identity=f"idx/sha256-{digest.hexdigest()[:16]}")
+
+
+def _split(folder: pathlib.Path, prefix: str) -> Batch:
+    images = _read(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels = _read(folder, f"{prefix}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels):
+        raise UserError(
+            f"{folder}: {len(images)} images but {len(labels)} labels in {prefix}-…-ubyte; take "
+            "both files from one data set"
+        )
+    return {"image": images[..., None], "label": labels.astype(np.int32)}
+
+
+def _read(folder: pathlib.Path, name: str, ndim: int) -> np.ndarray:
+    """One file: bytes 0, 0, 8 (uint8), the number of axes, their lengths as uint32, the data."""
+    file = next((f for f in (folder / name, folder / f"{name}.gz") if f.is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{folder}: no file {name} or {name}.gz in it; the four files must be named as on "
+            "MNIST's page, yann.lecun.com/exdb/mnist"
+        )
+    try:
+        content = file.read_bytes()
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy or download it again") from error
+
+    if content[:4] != bytes([0, 0, 8, ndim]):
+        raise UserError(
+            f"{file}: not IDX data of bytes in {ndim} {'axis' if ndim == 1 else 'axes'} (begins "
+            f"with {content[:4].hex(' ') or 'nothing'}); copy or download it again"
+        )
+    header, data = content[: 4 + 4 * ndim], content[4 + 4 * ndim :]
+    shape = [int.from_bytes(header[i : i + 4]) for i in range(4, len(header), 4)]
+    if len(shape) != ndim or len(data) != math.prod(shape) or not data:
+        raise UserError(
+            f"{file}: has {len(data)} bytes of data for the shape {shape}; copy or download it "
+            "again"
+        )
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -1,0 +1,120 @@
+"""Sources whose images are decoded when they are asked for."""
+
+import math
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jax_ddpm.data.decode import UnreadableError, decode
+from jax_ddpm.data.source import Batch, Source, Spec
+from jax_ddpm.errors import UserError
+
+KEPT_BYTES = 2 * 2**30  # of decoded images, at most
+
+
+class Encoded(NamedTuple):
+    """An image as it is stored: what messages call it, the file's content, and its class."""
+
+    name: str
+    content: bytes
+    label: int
+
+
+class LazySource:
+    """Reads and decodes the images of a batch in threads.
+
+    A damaged image is replaced by the next readable one of its split, with that one's label: what
+    an index gives depends on the data alone, not on what was asked for before.
+
+    Args:
+      read: (split, index) → what is stored there.
+
+    Raises:
+      UserError: from ``batch``, when too many turn out damaged.
+    """
+
+    def __init__(self, read: Callable[[str, int], Encoded], spec: Spec, image_size: int):
+        self.spec = spec
+        self._read = read
+        self._image_size = image_size
+        self._damaged: set[str] = set()
+        self._reporting = threading.Lock()
+        self._pool = ThreadPoolExecutor()
+
+    def batch(self, split: str, indices: Int[np.ndarray, " n"]) -> Batch:
+        images, labels = zip(
+            *self._pool.map(lambda index: self._example(split, index), indices.tolist()),
+            strict=True,
+        )
+        batch = {"image": np.stack(images)}
+        if self.spec.num_classes:
+            batch["label"] = np.array(labels, np.int32)
+        return batch
+
+    def _example(self, split: str, index: int) -> tuple[np.ndarray, int]:
+        size = self.spec.split_sizes[split]
+        for candidate in range(index, index + size):
+            name, content, label = self._read(split, candidate % size)
+            try:
+                return decode(content, self._image_size, self.spec.image_shape[-1]), label
+            except UnreadableError as error:
+                with self._reporting:
+                    self._report(name, error)
+        raise UserError(f"no image of the {split} split can be read; replace the data set")
+
+    def _report(self, name: str, error: UnreadableError) -> None:
+        if name in self._damaged:
+            return
+        self._damaged.add(name)
+        total = sum(self.spec.split_sizes.values())
+        if too_many(len(self._damaged), total):
+            raise UserError(
+                f"{name}: damaged ({error}), as are {len(self._damaged) - 1} more of {total} "
+                "images; replace or remove them"
+            )
+        warnings.warn(
+            f"{name}: damaged ({error}); the next image takes its place ({len(self._damaged)} of "
+            f"{total} so far)",
+            stacklevel=2,
+        )
+
+
+class KeptSource:
+    """Keeps what it was asked for, so that later epochs are look-ups."""
+
+    def __init__(self, source: Source):
+        self.spec = source.spec
+        self._source = source
+        self._kept: dict[str, Batch] = {}
+        self._known: dict[str, np.ndarray] = {}
+        for split, size in self.spec.split_sizes.items():
+            # The operating system gives memory to the pages that are written, when they are.
+            self._kept[split] = {"image": np.empty((size, *self.spec.image_shape), np.uint8)}
+            if self.spec.num_classes:
+                self._kept[split]["label"] = np.empty(size, np.int32)
+            self._known[split] = np.zeros(size, bool)
+
+    def batch(self, split: str, indices: Int[np.ndarray, " n"]) -> Batch:
+        kept, known = self._kept[split], self._known[split]
+        missing = np.unique(indices[~known[indices]])
+        if missing.size:
+            for name, values in self._source.batch(split, missing).items():
+                kept[name][missing] = values
+            known[missing] = True
+        return {name: array[indices] for name, array in kept.items()}
+
+
+def keep_if_small(source: Source) -> Source:
+    """The source, with memory if the whole set takes at most ``KEPT_BYTES``."""
+    num_bytes = sum(source.spec.split_sizes.values()) * math.prod(source.spec.image_shape)
+    return KeptSource(source) if num_bytes <= KEPT_BYTES else source
+
+
+def too_many(damaged: int, total: int) -> bool:
+    """One damaged image can be an accident; more than 5 % mean that the set is faulty."""
+    return damaged > max(1, 0.05 * total)

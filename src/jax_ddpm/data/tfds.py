@@ -1,0 +1,139 @@
+"""Data sets that TensorFlow Datasets has prepared, read without TensorFlow."""
+
+import difflib
+from typing import Any
+
+import numpy as np
+
+from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small
+from jax_ddpm.data.source import Source, Spec, random_split
+from jax_ddpm.errors import UserError
+
+_HELDOUT = ("validation", "test")  # in this order: ImageNet's test images have no labels
+
+
+def tfds(name: str, path: str, image_size: int, heldout_fraction: float = 0.1) -> Source:
+    """The feature ``image``, gray or colour, and the classes of ``label`` if it is a ClassLabel.
+
+    ``name`` may have a config and a version (``imagenet_resized/64x64:0.1.0``); ``path`` is TFDS's
+    ``data_dir``, by default its own default. Nothing is ever downloaded. Images are cropped and
+    resized to ``image_size``; 0: they have one size already. The split ``validation``, or else
+    ``test``, or else a random ``heldout_fraction`` of ``train``, is held out.
+
+    Raises:
+      UserError: naming the set, what is wrong with it, and the command that prepares it.
+    """
+    builder = _prepared_builder(name, path)
+    info = builder.info
+    sizes = {split: info.splits[split].num_examples for split in info.splits}
+    if "train" not in sizes:
+        raise UserError(f"data.name: {name!r} has no split 'train', only {', '.join(sizes)}")
+    heldout = next((split for split in _HELDOUT if split in sizes), None)
+    if heldout:
+        rows = {"train": np.arange(sizes["train"]), "heldout": np.arange(sizes[heldout])}
+    else:
+        rows = random_split(sizes["train"], heldout_fraction)
+    if not all(map(len, rows.values())):
+        raise UserError(f"data.name: {name!r} has too few images to hold some out")
+    shape, num_classes = _features(name, info, image_size)
+    stored = {"train": "train", "heldout": heldout or "train"}
+    records = {split: _records(name, builder, stored[split]) for split in rows}
+    split_sizes = {split: len(chosen) for split, chosen in rows.items()}
+    parts = "/".join(f"{stored[split]}-{size}" for split, size in split_sizes.items())
+    spec = Spec(
+        image_shape=shape,
+        num_levels=256,
+        num_classes=num_classes,
+        split_sizes=split_sizes,
+        identity=f"tfds/{info.full_name}/{parts}/image-size-{image_size}",
+    )
+
+    def read(split: str, index: int) -> Encoded:
+        row = int(rows[split][index])
+        record = records[split][row]
+        label = int(record["label"]) if num_classes else 0
+        if label < 0:
+            raise UserError(f"data.name: {name!r} lacks labels in its split {stored[split]!r}")
+        title = f"{info.full_name}, {stored[split]} example {row}"
+        return Encoded(title, record["image"], label)
+
+    return keep_if_small(LazySource(read, spec, image_size))
+
+
+def _prepared_builder(name: str, path: str) -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(
+            "data.source=tfds needs TensorFlow Datasets: pip install 'jax-ddpm[tfds]'"
+        ) from error
+    arguments = f"'{name}', file_format='array_record'" + (f", data_dir='{path}'" if path else "")
+    command = (
+        'python -c "import tensorflow_datasets as tfds; '
+        f'tfds.builder({arguments}).download_and_prepare()"'
+    )
+    try:
+        builder = tensorflow_datasets.builder(name, data_dir=path or None)
+    except Exception as error:  # of many kinds: an unknown version is an AssertionError
+        known = tensorflow_datasets.list_builders(with_community_datasets=False)
+        stem = name.partition(":")[0].partition("/")[0]
+        if stem in known:
+            raise UserError(f"data.name: {name!r}: {' '.join(str(error).split())}") from error
+        close = ", ".join(difflib.get_close_matches(stem, known)) or "none"
+        raise UserError(
+            f"data.name: TensorFlow Datasets knows no {name!r}, nor is it prepared in "
+            f"{path or 'its default data_dir'}; the closest known names: {close}"
+        ) from error
+    if not builder.info.splits:  # is_prepared() says the same but logs a warning
+        raise UserError(
+            f"data.name: {name!r} is not prepared in {builder.data_dir}; run once (most sets need "
+            f"TensorFlow for this, reading them does not): {command}"
+        )
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise UserError(
+            f"data.name: {name!r} lies in {builder.data_dir} as {', '.join(formats)}, which has no "
+            f"random access; remove it, or choose another data.path, and run once: {command}"
+        )
+    return builder
+
+
+def _features(name: str, info: Any, image_size: int) -> tuple[tuple[int, int, int], int]:
+    """Image shape and number of classes."""
+    from tensorflow_datasets import features
+
+    found = dict(info.features.items())
+    image, label = found.get("image"), found.get("label")
+    if not (
+        isinstance(image, features.Image)
+        and image.np_dtype == np.uint8
+        and image.shape[-1] in (1, 3)
+    ):
+        listing = ", ".join(f"{key}: {value}" for key, value in found.items())
+        raise UserError(
+            f"data.name: {name!r} needs a feature 'image', uint8 with 1 or 3 channels; it has "
+            + " ".join(listing.split())
+        )
+    height, width, channels = image.shape
+    if image_size:
+        height = width = image_size
+    if height is None or width is None:
+        raise UserError(f"data.name: {name!r} has images of many sizes; set data.image_size")
+    num_classes = label.num_classes if isinstance(label, features.ClassLabel) else None
+    return (height, width, channels), num_classes or 0
+
+
+def _records(name: str, builder: Any, split: str) -> Any:
+    """Random access to the records of a split, with images as they are stored."""
+    from tensorflow_datasets import decode
+
+    try:
+        records = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})
+        records[0]  # opens the files
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"data.name: {name!r} is damaged ({reason}); remove {builder.data_dir} and prepare it "
+            "again"
+        ) from error
+    return records

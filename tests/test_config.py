@@ -88,6 +88,7 @@ def the_error(check, *args, **fields):
 BAD = [
     ("seed", -1),
     ("seed", 2**32),
+    ("parallel", "pjit"),
     ("data.source", "mnist"),
     ("data.image_size", 32),  # of the digits
     ("model.dtype", "float16"),
@@ -124,6 +125,9 @@ BAD = [
     ("training.heldout_every", 0),
     ("training.heldout_examples", 0),
     ("training.sample_every", -5),
+    ("training.checkpoint_every", 0),
+    ("training.keep_last", 0),
+    ("training.keep_every", -1),
     ("sampling.num_samples", 0),
     ("sampling.batch_size", 0),
 ]

@@ -99,7 +99,9 @@ class Preflight:
         objective = make_objective(self.config, model)
         self.recipe = make_recipe(self.config, objective)
         self.seed = jax.random.key(self.config.seed)
-        params = {"network": initial_parameters(self.config, model.network, self.seed)}
+        params = {
+            "network": initial_parameters(self.config, model.network, self.seed, self.workdir)
+        }
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.state = replicate(init_state(self.recipe, params, objective.init()), self.mesh)
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))

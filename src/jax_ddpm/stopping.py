@@ -1,5 +1,6 @@
 """Stopping on request: SIGTERM and Ctrl-C end a run between two steps, with everything saved."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -38,10 +39,9 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._name = signal.Signals(number).name
         self.__exit__()
-        # Not print: a handler may interrupt one.
-        os.write(
-            2, f"{self._name}: finishing the step and saving; again to stop at once\n".encode()
-        )
+        message = f"{self._name}: finishing the step and saving; again to stop at once\n"
+        with contextlib.suppress(OSError):  # of a stderr that is gone, with the terminal or `tee`
+            os.write(2, message.encode())  # not print: a handler may interrupt one
 
     def poll(self) -> None:
         """Raises Stopped once a signal has come."""

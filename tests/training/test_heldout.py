@@ -69,3 +69,45 @@ def test_a_quarter_without_examples_is_left_out(measure, few):
     (values,) = measure(**few)
     assert np.all(np.isfinite([*values.values()]))
     assert 1 < len(values) < 5
+
+
+class TestPoll:
+    @pytest.fixture
+    def heldout(self, make_setting, mesh_of, source):
+        """Ten examples in four batches; ``traced`` says whether one was ever evaluated."""
+
+        class Traced(LabelAsLoss):
+            def __call__(self, *args):
+                traced.append(True)
+                return super().__call__(*args)
+
+        traced = []
+        objective = Traced(**vars(make_setting().objective))
+        return HeldOut(
+            objective, source, SEED, mesh_of(1), batch_size=3, max_examples=COUNT
+        ), traced
+
+    def test_is_asked_before_each_batch(self, heldout):
+        polls = []
+        measured, traced = heldout
+        values = measured({}, lambda: polls.append(list(traced)))
+        assert len(polls) == 4
+        assert polls[0] == []
+        assert values == measured({})
+
+    @pytest.mark.parametrize("batch", [1, 4])
+    def test_what_it_raises_passes_through(self, heldout, batch):
+        class Asked(Exception):
+            pass
+
+        def poll():
+            polls.append(None)
+            if len(polls) == batch:
+                raise Asked
+
+        polls = []
+        measured, traced = heldout
+        with pytest.raises(Asked):
+            measured({}, poll)
+        assert len(polls) == batch
+        assert bool(traced) == (batch > 1)

@@ -180,6 +180,30 @@ def test_another_config_is_refused_unless_told(run, finished, tmp_path):
     assert json.loads((workdir / "config.json").read_text())["training"]["num_steps"] == 8
 
 
+def test_accepted_changes_that_do_not_fit_leave_the_run_as_it_was(run, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    with (
+        pytest.warns(UserWarning, match="num_timesteps 8 → 9"),
+        pytest.raises(UserError, match=r"does not fit: extra/.* is \(8,\), needed is \(9,\)"),
+    ):
+        run(workdir, accept_changes=True, process__num_timesteps=9)
+    run(workdir)
+    assert_same_run(workdir, finished)
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_a_run_whose_identity_is_lost_goes_on_when_told(run, finished, tmp_path, name):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing; --accept_changes"):
+        run(workdir)
+    with pytest.warns(UserWarning, match=f"{name} is missing"):
+        run(workdir, accept_changes=True)
+    assert (workdir / name).read_text() == (finished / name).read_text()
+
+
 def test_fewer_steps_than_are_done_are_refused(run, finished):
     with pytest.raises(UserError, match=r"6 steps are done; raise training.num_steps"):
         run(finished, training__num_steps=4)
@@ -187,8 +211,14 @@ def test_fewer_steps_than_are_done_are_refused(run, finished):
 
 def test_starts_from_the_averages_of_another_run(run, finished, tmp_path):
     """With a learning rate of almost nothing they stay what they were."""
-    run(tmp_path, init_from=str(finished), training__learning_rate=1e-30)
-    (_, state), (_, start) = last_state(tmp_path), last_state(finished)
+    donor, workdir = tmp_path / "donor", tmp_path / "run"
+    shutil.copytree(finished, donor)
+    fields = {"init_from": str(donor), "training__learning_rate": 1e-30}
+    with pytest.raises(Stopped):
+        run(workdir, poll=StopAtCall(1), **fields)
+    shutil.rmtree(donor)  # no longer needed
+    run(workdir, **fields)
+    (_, state), (_, start) = last_state(workdir), last_state(finished)
     jax.tree.map(np.testing.assert_array_equal, state["params"], start["ema"])
 
 
@@ -218,3 +248,14 @@ def test_a_full_disk_is_one_line_and_harms_nothing(run, finished, tmp_path, monk
     assert "\n" not in str(caught.value)
     run(tmp_path)
     assert_same_run(tmp_path, finished)
+
+
+def test_stopping_without_saving_is_an_error(run, tmp_path, monkeypatch):
+    """Whoever asked for it must not believe that the state is safe."""
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_digest", fail)
+    with pytest.raises(UserError, match=r"checkpoint 1 could not be written .*No space left"):
+        run(tmp_path, poll=StopAtCall(1))

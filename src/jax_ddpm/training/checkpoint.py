@@ -52,16 +52,23 @@ def verify(workdir: pathlib.Path, step: int, items: Iterable[str] | None = None)
     """
     path = folder(workdir) / str(step)
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = dict(json.loads((path / _MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise Damaged(f"{_MANIFEST} cannot be read") from error
-    wanted = {name.partition("/")[0] for name in manifest} if items is None else set(items)
+    held = {name.partition("/")[0] for name in manifest}
+    wanted = held | {"params"} if items is None else set(items)
+    for item in sorted(wanted - held):
+        raise Damaged(f"{_MANIFEST} knows no {item}")
     for name, digest in manifest.items():
         if name.partition("/")[0] not in wanted:
             continue
-        if not (path / name).is_file():
-            raise Damaged(f"{name} is missing")
-        if _digest(path / name) != digest:
+        try:
+            found = _digest(path / name)
+        except FileNotFoundError as error:
+            raise Damaged(f"{name} is missing") from error
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+        if found != digest:
             raise Damaged(f"{name} has changed since it was written")
 
 
@@ -98,10 +105,11 @@ def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
     path = folder(workdir) / str(step) / item
     try:
         verify(workdir, step, [item])
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path).item_metadata.tree
+        # Not a Checkpointer: it warns that a single item lacks the metadata of a checkpoint.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            stored = handler.metadata(path).tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-            return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
+            return handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     except (Damaged, OSError, ValueError) as error:
         raise UserError(f"checkpoint {step} in {workdir}: {_one_line(error)}") from error
 
@@ -134,9 +142,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        with contextlib.suppress(UserError) if error else contextlib.nullcontext():
+        failure = contextlib.suppress(UserError) if error else contextlib.nullcontext()
+        with contextlib.closing(self._saver), failure:
             self.wait()
-        self._saver.close()
 
     def save(self, state: TrainState, config: ConfigDict, progress: dict[str, Any]) -> None:
         """Saves in the background, after copying the state to the host.
@@ -215,9 +223,12 @@ class Checkpoints:
             if later > step:
                 self._set_aside(later)
         path = self._folder / str(step)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path / "params").item_metadata.tree
-        _require_same_structure(state.params, stored, f"checkpoint {step} in {self._workdir}")
+        where = f"checkpoint {step} in {self._workdir}"
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            for name, item in self._items(state).items():
+                held = (path / name).is_dir()
+                stored = handler.metadata(path / name).tree if held else {}
+                _require_same_structure({name: item}, {name: stored}, where)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
         )
@@ -243,17 +254,24 @@ class Checkpoints:
         (self._folder / str(step)).rename(aside / str(step))
 
 
-def initial_parameters(config: ConfigDict, network: Network, seed: Any) -> Any:
+def initial_parameters(
+    config: ConfigDict, network: Network, seed: Any, workdir: pathlib.Path
+) -> Any:
     """Drawn from the run's seed key, or the averages of the run ``config.init_from``.
+
+    That run is not needed any more once this one has a checkpoint in ``workdir``.
 
     Raises:
       UserError: where there is no such run, or its network is another one.
     """
     params = network.init(stream_key(seed, Stream.PARAMETERS))
-    if not config.init_from:
+    if not config.init_from or steps(workdir):
         return params
     donor = pathlib.Path(config.init_from)
-    step = newest(donor, ["ema"])
+    try:
+        step = newest(donor, ["ema"])
+    except UserError as error:
+        raise UserError(f"config.init_from={donor}: every checkpoint is damaged") from error
     if step is None:
         raise UserError(f"config.init_from={donor}: no checkpoint there; give the folder of a run")
     found = restore_item(donor, step, "ema")["network"]
@@ -273,7 +291,7 @@ def _require_same_structure(wanted: Any, found: Any, where: str) -> None:
     for name in shapes[0] | shapes[1]:
         needed, held = (tree.get(name, "absent") for tree in shapes)
         if needed != held:
-            raise UserError(f"{where} holds another network: {name} is {held}, needed is {needed}")
+            raise UserError(f"{where} does not fit: {name} is {held}, needed is {needed}")
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -1,8 +1,10 @@
 """What a run is: its config and its data, noted in the workdir and compared when it resumes."""
 
+import contextlib
 import json
 import pathlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,6 +32,32 @@ _FREE_FIELDS = (
 )
 
 
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes from training into it meanwhile.
+
+    Raises:
+      UserError: where it cannot be written, or another process trains there.
+    """
+    import fcntl
+
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir={workdir}: another process trains there; wait for it or stop it"
+            ) from error
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+
+
 def require_same_run(
     workdir: pathlib.Path, config: ConfigDict, spec: Spec, accept_changes: bool = False
 ) -> None:
@@ -40,7 +68,13 @@ def require_same_run(
     """
     if not checkpoint.steps(workdir):
         return
-    changes = differences(load_identity(workdir), (config, spec))
+    try:
+        changes = differences(load_identity(workdir), (config, spec))
+    except UserError as error:
+        if not accept_changes:
+            raise UserError(f"{error}; --accept_changes goes on with this config") from error
+        warnings.warn(f"going on with this config: {error}", stacklevel=2)
+        return
     listed = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in changes.items())
     if changes and not accept_changes:
         raise UserError(
@@ -52,17 +86,9 @@ def require_same_run(
 
 
 def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None:
-    """Notes what the run is, in ``config.json`` and ``data.json``, making the folder.
-
-    Raises:
-      UserError: where the workdir cannot be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _replace(workdir / "config.json", config.to_json(indent=2) + "\n")
-        _replace(workdir / "data.json", json.dumps(spec._asdict(), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+    """Notes what the run is, in ``config.json`` and ``data.json``."""
+    _replace(workdir / "config.json", config.to_json(indent=2) + "\n")
+    _replace(workdir / "data.json", json.dumps(spec._asdict(), indent=2) + "\n")
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
@@ -82,13 +108,15 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
         config = default()
         config.update(json.loads((workdir / "config.json").read_text()))
         spec = Spec(**json.loads((workdir / "data.json").read_text()))
+        height, width, channels = spec.image_shape
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"--workdir={workdir}: no run there; train into it first") from error
+        known = checkpoint.steps(workdir)
+        reason = f"{error.filename} is missing" if known else "no run there; train into it first"
+        raise UserError(f"--workdir={workdir}: {reason}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--workdir={workdir}: config.json or data.json is damaged, or from another version"
         ) from error
-    height, width, channels = spec.image_shape
     return config, spec._replace(image_shape=(height, width, channels))
 
 

@@ -17,7 +17,7 @@ from jax_ddpm.generate import Generator
 from jax_ddpm.stopping import Poll, Stopped, never
 from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
 from jax_ddpm.training.heldout import HeldOut
-from jax_ddpm.training.identity import require_same_run, save_identity
+from jax_ddpm.training.identity import claimed, require_same_run, save_identity
 from jax_ddpm.training.metrics import Meter, MetricWriter, NonFinite, Progress
 from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
@@ -46,10 +46,10 @@ def train(
         not finite.
     """
     source = factory.make_source(config)
-    require_same_run(workdir, config, source.spec, accept_changes)
-    save_identity(workdir, config, source.spec)
     try:
-        return _train(config, workdir, source, poll)
+        with claimed(workdir):
+            require_same_run(workdir, config, source.spec, accept_changes)
+            return _train(config, workdir, source, poll)
     except NonFinite as error:
         path = workdir / f"nonfinite_step_{error.step}.json"
         num_examples = source.spec.split_sizes["train"]
@@ -75,7 +75,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
         return workdir / "samples" / f"step_{done:07}.png"
 
     mesh, seed = data_mesh(), jax.random.key(config.seed)
-    params = {"network": initial_parameters(config, model.network, seed)}
+    params = {"network": initial_parameters(config, model.network, seed, workdir)}
     state = replicate(init_state(recipe, params, objective.init()), mesh)
 
     with Checkpoints(workdir, every.keep_last, every.keep_every) as checkpoints:
@@ -83,6 +83,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
         start = done = int(state.step)
         if done > num_steps:
             raise UserError(f"--workdir={workdir}: {done} steps are done; raise training.num_steps")
+        save_identity(workdir, config, source.spec)
         if done == num_steps and picture(done).exists():
             return picture(done)
 
@@ -142,6 +143,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
             except Stopped:
                 if checkpoints.last != done:
                     save()
+                checkpoints.wait()  # or whoever stopped it would not learn that it failed
                 raise
     return picture(done)
 

@@ -151,7 +151,8 @@ class MetricWriter:
 
     @property
     def position(self) -> int:
-        """Length of ``metrics.jsonl`` in bytes."""
+        """Length of ``metrics.jsonl`` in bytes, all of them on disk."""
+        os.fsync(self._lines.fileno())
         return self._lines.tell()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -211,7 +212,8 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads any more; the run goes on
+                print(line, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -226,7 +226,7 @@ WRONG = {
     "no_run_to_start_from": ([DIGITS, "--config.init_from=configs"], "configs"),
     "start_from_another_network": (
         [DIGITS, "--config.init_from={digits}", "--workdir={new}"],
-        "holds another network",
+        "does not fit: ",
     ),
     # workdirs
     "workdir_is_a_file": ([DIGITS, "--workdir=setup.cfg"], "setup.cfg"),

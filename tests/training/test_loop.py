@@ -185,7 +185,7 @@ def test_accepted_changes_that_do_not_fit_leave_the_run_as_it_was(run, finished,
     shutil.copytree(finished, workdir)
     with (
         pytest.warns(UserWarning, match="num_timesteps 8 → 9"),
-        pytest.raises(UserError, match=r"does not fit: extra/.* is \(8,\), needed is \(9,\)"),
+        pytest.raises(UserError, match=r"does not fit: extra/.* is \(8, 10\), needed is \(9, 10\)"),
     ):
         run(workdir, accept_changes=True, process__num_timesteps=9)
     run(workdir)

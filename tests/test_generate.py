@@ -14,6 +14,7 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
 from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.models.network import Network
+from jax_ddpm.stopping import Stopped
 
 SHAPE = (4, 4, 1)
 
@@ -105,6 +106,14 @@ def test_labels_are_by_column_or_as_asked(label):
     np.testing.assert_allclose(seen, [0, 1, 2, 0, 1, 2, 0] if label is None else [2] * 7, atol=1e-5)
 
 
+@pytest.mark.parametrize("label", [None, 2])
+def test_labels_are_those_of_the_samples_however_many(generator, label):
+    index = np.array([5, 0, 10**6, 7], np.int32)
+    labels = generator.labels(index, label)
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, [2, 0, 1, 1] if label is None else [2] * 4)
+
+
 @pytest.mark.parametrize("label", [-1, 3])
 def test_label_out_of_range_is_one_line(generator, params, label):
     with pytest.raises(UserError, match=rf"^--class={label}: .* 0 to 2$"):
@@ -121,9 +130,77 @@ def test_label_for_an_unconditional_model_is_one_line(unconditional, params):
         unconditional(params, 0, 4, label=0)
 
 
+def test_an_unconditional_model_has_no_labels(unconditional):
+    assert unconditional.labels(np.arange(4, dtype=np.int32)) is None
+
+
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (9, 3), (10, 4), (64, 8)])
-def test_grids_without_classes_are_about_square(unconditional, count, columns):
+def test_grids_without_classes_are_about_square(generator, unconditional, count, columns):
     assert unconditional.columns(count) == columns
+    assert generator.columns(count, label=1) == columns, "nor do those of one class differ"
+
+
+@pytest.mark.parametrize(("num_classes", "columns"), [(2, 2), (10, 10), (1000, 10)])
+def test_grids_have_a_column_for_each_class_up_to_ten(num_classes, columns):
+    data = tiny.spec(SHAPE, num_classes=num_classes)
+    model = tiny.model(tiny.config(model__class_conditional=True), data)
+    assert Generator(model, 4, mesh()).columns(100) == columns
+
+
+class TestDraw:
+    def test_gives_the_batches_that_are_asked_for_in_that_order(self, generator, params, samples):
+        wanted = [4, 0, 400]
+        for start, (found, batch) in zip(
+            wanted, generator.draw(params, 0, iter(wanted)), strict=True
+        ):
+            assert found == start
+            assert batch.x.shape == batch.x0.shape == (1, 4, *SHAPE)
+            known = samples[start : start + 4]
+            np.testing.assert_allclose(batch.x[-1][: len(known)], known, atol=1e-5)
+
+    @pytest.mark.parametrize("number", [0, 1, 2, 5])
+    def test_dispatches_one_batch_ahead(self, generator, params, monkeypatch, number):
+        """A batch is fetched when the next one is under way, but no more than that one."""
+        run, get, events = generator._run, jax.device_get, []
+        monkeypatch.setattr(generator, "_run", lambda *_: events.append("run") or run(*_))
+        monkeypatch.setattr(jax, "device_get", lambda _: events.append("get") or get(_))
+        starts = range(0, 4 * number, 4)
+        for _ in generator.draw(params, 0, starts, poll=lambda: events.append("poll")):
+            events.append("caller")
+        first, fetch = ["poll", "run"], ["get", "caller"]
+        ahead = [*first, *(number - 1) * [*first, *fetch], *fetch]
+        assert events == (ahead if number else [])
+
+    def test_takes_new_starts_only_as_it_goes(self, generator, params):
+        taken = []
+        starts = (taken.append(start) or start for start in range(0, 400, 4))
+        batches = generator.draw(params, 0, starts)
+        for seen in range(1, 4):
+            next(batches)
+            assert taken == [4 * i for i in range(seen + 1)]
+
+    @pytest.mark.parametrize("polls", range(4))
+    def test_stops_when_the_poll_says_so(self, generator, params, samples, polls):
+        """At any batch; none that it has given is wrong."""
+        allowed, seen = iter(range(polls)), []
+
+        def poll():
+            if next(allowed, None) is None:
+                raise Stopped("SIGTERM")
+
+        batches = generator.draw(params, 0, range(0, 400, 4), poll=poll)
+        with pytest.raises(Stopped):
+            seen.extend(batches)
+        assert [start for start, _ in seen] == [0, 4, 8][: len(seen)]
+        for start, batch in seen:
+            known = samples[start : start + 4]
+            np.testing.assert_allclose(batch.x[-1][: len(known)], known, atol=1e-5)
+        assert len(seen) in (polls, max(0, polls - 1))
+
+    def test_refuses_unknown_classes_before_anything_runs(self, generator, params, monkeypatch):
+        monkeypatch.setattr(generator, "_run", lambda *_: pytest.fail("drawn"))
+        with pytest.raises(UserError, match="--class=3"):
+            next(generator.draw(params, 0, [0], label=3))
 
 
 class TestSnapshots:

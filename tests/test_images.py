@@ -1,9 +1,11 @@
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from jax_ddpm.images import from_levels, grid, save_grid, to_uint8
+from jax_ddpm.images import from_levels, grid, load_png, save_grid, save_png, to_uint8
 
 
 @pytest.mark.parametrize("num_levels", [2, 17, 256])
@@ -51,7 +53,7 @@ class TestGrid:
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_png_round_trip(tmp_path, channels, mode):
+def test_grid_file(tmp_path, channels, mode):
     images = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, channels)).astype("f")
     path = tmp_path / "new" / "folder" / "grid.png"
     save_grid(path, images, columns=3)
@@ -59,3 +61,57 @@ def test_png_round_trip(tmp_path, channels, mode):
         assert (picture.format, picture.mode) == ("PNG", mode)
         pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
     np.testing.assert_array_equal(pixels, grid(to_uint8(images), 3))
+
+
+class TestPng:
+    @staticmethod
+    def image(seed, channels=3, shape=(5, 7)):
+        return np.random.default_rng(seed).integers(0, 256, (*shape, channels), dtype=np.uint8)
+
+    @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 1)])
+    @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+    def test_round_trip(self, tmp_path, channels, mode, shape):
+        path, image = tmp_path / "new" / "folder" / "image.png", self.image(0, channels, shape)
+        save_png(path, image)
+        found = load_png(path)
+        assert found.shape == image.shape
+        np.testing.assert_array_equal(found, image)
+        with Image.open(path) as picture:
+            assert (picture.format, picture.mode) == ("PNG", mode)
+        assert [*path.parent.iterdir()] == [path]
+
+    def test_same_image_same_bytes(self, tmp_path):
+        for name in ("one.png", "other.png"):
+            save_png(tmp_path / name, self.image(0))
+        assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+    @pytest.mark.parametrize("where", ["save", "replace"])
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_killed_leaves_the_old_file_or_none(self, tmp_path, monkeypatch, where, exists):
+        """Halfway through the new one, or right before it takes the old one's place."""
+        path, save = tmp_path / "image.png", Image.Image.save
+        if exists:
+            save_png(path, self.image(0))
+
+        def halfway(picture, target, *arguments):
+            save(picture, target, *arguments)
+            target.write_bytes(target.read_bytes()[:50])
+            raise KeyboardInterrupt
+
+        def kill(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            if where == "save":
+                patch.setattr(Image.Image, "save", halfway)
+            else:
+                patch.setattr(pathlib.Path, "replace", kill)
+            with pytest.raises(KeyboardInterrupt):
+                save_png(path, self.image(1))
+        if exists:
+            np.testing.assert_array_equal(load_png(path), self.image(0))
+        else:
+            assert not path.exists()
+        save_png(path, self.image(1))
+        np.testing.assert_array_equal(load_png(path), self.image(1))
+        assert [*tmp_path.iterdir()] == [path]

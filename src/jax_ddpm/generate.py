@@ -1,6 +1,7 @@
 """The batched sampling driver."""
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax_ddpm.diffusion.samplers.loop import Snapshots, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.keys import Stream, example_keys, stream_key
-from jax_ddpm.stopping import Poll, never
+from jax_ddpm.stopping import Poll, Stopped, never
 
 _MAX_COLUMNS = 10
 
@@ -30,7 +31,7 @@ class Generator:
     def __init__(self, model: Model, batch_size: int, mesh: Mesh, num_snapshots: int = 1):
         batch_size = -(-batch_size // mesh.size) * mesh.size
         self._model, self.batch_size = model, batch_size
-        whole = NamedSharding(mesh, PartitionSpec())
+        self._whole = whole = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, PartitionSpec("data"))
         by_snapshot = NamedSharding(mesh, PartitionSpec(None, "data"))
         sampler = model.sampler()
@@ -57,21 +58,28 @@ class Generator:
     ) -> Iterator[tuple[int, Snapshots]]:
         """For each start the samples ``start, …, start + batch_size - 1`` of the seed, on the host.
 
-        The next batch is under way while the caller handles one; ``poll`` is called before each.
+        The next batch is under way while the caller handles one. ``poll`` is called before each;
+        where it raises Stopped, what is under way is yielded before that passes on.
         """
-        denoiser, key = self._model.denoiser(params), jax.random.key(seed)
-        running: list[tuple[int, Any]] = []
+        denoiser = jax.device_put(self._model.denoiser(params), self._whole)
+        key, stopped = jax.random.key(seed), None
+        running: deque[tuple[int, Any]] = deque()
         for start in starts:
-            poll()
+            try:
+                poll()
+            except Stopped as signal:
+                stopped = signal
+                break
             index = np.arange(start, start + self.batch_size, dtype=np.int32)
             labels = self.labels(index, label)
             conditioning = {} if labels is None else {"label": labels}
             running.append((start, self._run(denoiser, key, index, conditioning)))
             if len(running) == 2:
-                done, snapshots = running.pop(0)
-                yield done, jax.device_get(snapshots)
-        for done, snapshots in running:
-            yield done, jax.device_get(snapshots)
+                yield jax.device_get(running.popleft())
+        while running:
+            yield jax.device_get(running.popleft())
+        if stopped:
+            raise stopped
 
     def __call__(
         self,

@@ -49,8 +49,8 @@ class Preflight:
             print(f"{name:<14}", end="", flush=True)
             try:
                 print(check(), flush=True)
-            except UserError:
-                print("FAILED")
+            except Exception:
+                print("FAILED", flush=True)
                 raise
 
     def devices(self) -> str:
@@ -109,15 +109,20 @@ class Preflight:
 
     def checkpoints(self) -> str:
         """A checkpoint can be written, verified and read back, and there is room for all."""
-        training = self.config.training
-        room, needed = (
-            shutil.disk_usage(self.workdir).free,
-            self.state_bytes * (training.keep_last + 1),
-        )
+        training, done = self.config.training, checkpoint.newest(self.workdir)
+        if done is not None and done > training.num_steps:
+            raise UserError(
+                f"--workdir={self.workdir}: {done} steps are done; raise training.num_steps"
+            )
+        for_good = training.num_steps // training.keep_every if training.keep_every else 0
+        held = len(checkpoint.steps(self.workdir))  # take their room already
+        count = max(1, training.keep_last + for_good + 1 - held)
+        room, needed = shutil.disk_usage(self.workdir).free, self.state_bytes * count
         if room < needed:
             raise UserError(
-                f"--workdir={self.workdir}: {_bytes(room)} free, but {training.keep_last + 1} "
-                f"checkpoints take {_bytes(needed)}; lower training.keep_last or make room"
+                f"--workdir={self.workdir}: {_bytes(room)} free, but {count} checkpoints take "
+                f"{_bytes(needed)}; lower training.keep_last, raise training.keep_every, or make "
+                "room"
             )
         with tempfile.TemporaryDirectory(dir=self.workdir) as folder:
             trial, start = pathlib.Path(folder), time.perf_counter()
@@ -129,8 +134,7 @@ class Preflight:
                 read = time.perf_counter()
         if not all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves(self.state))):
             raise UserError(f"--workdir={self.workdir}: a checkpoint read back differently")
-        found = checkpoint.steps(self.workdir)
-        resumes = f"; training goes on after step {found[-1]:,}" if found else ""
+        resumes = "" if done is None else f"; training goes on after step {done:,}"
         return f"written in {written - start:.1f} s, read in {read - written:.1f} s{resumes}"
 
     def train_step(self) -> str:
@@ -157,7 +161,7 @@ class Preflight:
         return text + (f" of {_bytes(limit)}" if limit else "")
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: int | float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -2,8 +2,8 @@
 
 import json
 import pathlib
-import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,7 +17,6 @@ from jax_ddpm.trained import Trained
 
 # The first sample of each batch wanted → that number and the batch's images.
 Draw = Callable[[Iterable[int]], Iterator[tuple[int, UInt8[np.ndarray, "b h w c"]]]]
-_NAME = re.compile(r"\d{6,}\.png(\.partial)?|packed")
 
 
 def write_samples(
@@ -40,7 +39,7 @@ def write_samples(
     """
     if out.suffix in (".png", ".npz") and out.is_dir():
         raise UserError(f"--out={out} is a folder; give the name of a file")
-    if out.suffix not in (".png", ".npz") and (out.is_file() or out.suffix):
+    if out.suffix not in (".png", ".npz") and (out.is_file() or out.suffix[1:].isalpha()):
         raise UserError(f"--out={out}: give a .png, an .npz, or a folder")
     num_steps = trained.model.chain.num_timesteps
     if moments > 1 and (moments > num_steps or out.suffix != ".png"):
@@ -49,6 +48,10 @@ def write_samples(
     generator = trained.generator(size, moments)
     everything = np.arange(num_samples, dtype=np.int32)
     labels = generator.labels(everything, label)
+    if out.suffix == ".png":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass  # refused now rather than when all is drawn
 
     if moments > 1:
         x, x0 = generator.snapshots(trained.params, seed, num_samples, label, poll)
@@ -116,33 +119,38 @@ def write_npz(
         }
         if labels is not None:
             arrays["labels"] = labels
-        with (parts / "packed").open("wb") as packed:
+        partial = out.with_name(out.name + ".partial")
+        with partial.open("wb") as packed:
             np.savez(packed, **arrays)  # type: ignore[arg-type]
         _write_record(out, record | {"num_samples": num_samples})
-        (parts / "packed").replace(out)
+        partial.replace(out)
     shutil.rmtree(parts, ignore_errors=True)
     _record(parts).unlink(missing_ok=True)
 
 
 def _claim(out: pathlib.Path, num_samples: int, record: dict[str, Any]) -> None:
     """Makes the folder ours, or finds that it is."""
-    if _record(out).exists():
+    out.mkdir(parents=True, exist_ok=True)
+    found = [path.name for path in out.iterdir()]
+    if found and not _record(out).exists():
+        raise UserError(f"--out={out} is not empty; give a new folder")
+    if found:  # a record beside an empty folder is of samples that someone has removed
         held = _require_same(out, record)["num_samples"]
         if held > num_samples:
             raise UserError(f"--out={out} is for {held} samples; ask for {held} or more")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--out={out} is not empty; give a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    strange = [path.name for path in out.iterdir() if not _NAME.fullmatch(path.name)]
-    if strange:
-        raise UserError(f"--out={out} also holds {strange[0]!r}; move it, or give a new folder")
+    ours = {_image(out, i).name for i in range(num_samples)}
+    for name in found:
+        if name.removesuffix(".partial") not in ours:
+            raise UserError(f"--out={out} also holds {name!r}; move it, or give a new folder")
+    for leftover in out.glob("*.partial"):
+        leftover.unlink()
     _write_record(out, record | {"num_samples": num_samples})
 
 
 def _require_same(out: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
     try:
-        held = json.loads(_record(out).read_text())
-    except (OSError, ValueError) as error:
+        held = dict(json.loads(_record(out).read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--out={out} exists already; remove it, or give another name") from error
     for field, value in record.items():
         if held.get(field) != value:
@@ -158,11 +166,12 @@ def _image(out: pathlib.Path, index: int) -> pathlib.Path:
 
 
 def _record(out: pathlib.Path) -> pathlib.Path:
+    out = out.absolute()  # "." has no name
     return out.with_name(out.name + ".json")
 
 
 def _write_record(out: pathlib.Path, record: dict[str, Any]) -> None:
-    partial = _record(out).with_name(out.name + ".json.partial")
+    partial = _record(out).with_suffix(".json.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(_record(out))

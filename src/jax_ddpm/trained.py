@@ -35,7 +35,10 @@ class Trained:
             "parameters": item,
             "checkpoint_step": step,
             "sha256": _digest(params),
+            "process": config.process.to_dict(),
+            "parameterisation": config.parameterisation.to_dict(),
             "clip": config.sampling.clip,
+            "dtype": config.model.dtype,
         }
         self.model = factory.Model(config, spec)
 
@@ -60,7 +63,9 @@ class Trained:
         Without a label the classes of a conditional model take turns. ``batch_size`` is by default
         that of ``config.sampling``, at most.
         """
-        size = batch_size or min(num_samples, self.config.sampling.batch_size)
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; it must be 1 or more")
+        size = min(num_samples, batch_size or self.config.sampling.batch_size)
         return images.to_uint8(self.generator(size)(self.params, seed, num_samples, label))
 
 
@@ -73,10 +78,10 @@ def load(workdir: str | pathlib.Path, step: int | None = None, raw: bool = False
     workdir = pathlib.Path(workdir)
     config, spec = load_identity(workdir)
     item = "params" if raw else "ema"
-    if step is None:
-        step = checkpoint.newest(workdir, [item])
     known = checkpoint.steps(workdir)
     if step is None:
+        step = checkpoint.newest(workdir, [item])
+    if step is None or not known:
         raise UserError(f"--workdir={workdir}: no checkpoint there yet; train on")
     if step not in known:
         raise UserError(

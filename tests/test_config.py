@@ -207,3 +207,50 @@ def test_valid_combinations_pass(target, variance):
         ),
         num_devices=4,
     )
+
+
+PAPERS_256 = {  # steps, flips: Ho et al. 2020, appendix B
+    "celebahq256": (500_000, True),
+    "lsun_bedroom": (2_400_000, False),
+    "lsun_cat": (1_800_000, True),
+    "lsun_church": (1_200_000, True),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS_256)
+def test_256_pixels_are_the_papers_recipe(name):
+    config = named(name)
+    validate_for_data(config, (256, 256, 3), num_classes=0)
+    model, process, training = config.model, config.process, config.training
+    assert (training.num_steps, config.data.flip) == PAPERS_256[name]
+    assert (config.data.source, config.data.image_size) == ("folder", 256)
+    assert (model.base_channels, model.channel_multipliers) == (128, (1, 1, 2, 2, 4, 4))
+    assert (model.num_res_blocks, model.attention_resolutions) == (2, (16,))
+    assert (model.num_groups, model.dropout, model.class_conditional) == (32, 0.0, False)
+    assert (process.name, process.num_timesteps) == ("linear", 1000)
+    assert (process.beta_start, process.beta_end) == (1e-4, 0.02)
+    assert config.parameterisation.to_dict() == {"target": "eps", "variance": "fixedsmall"}
+    assert (config.loss.kind, config.loss.weighting) == ("error", "simple")
+    assert config.loss.time_sampler == "uniform"
+    assert (training.learning_rate, training.warmup_steps, training.decay) == (
+        2e-5, 5000, "constant",
+    )  # fmt: skip
+    assert (training.batch_size, training.grad_clip, training.ema_decay) == (64, 1, 0.9999)
+
+
+def test_256_pixels_take_the_papers_114_million_parameters():
+    """As many as the published weights have."""
+    config = named("celebahq256")
+    spec = tiny.spec((256, 256, 3), num_levels=256)
+    network = factory.Model(config, spec).network
+    params = network.init(jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 113_673_219
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("fashion_mnist", (28, 28, 1)), ("folder64", (64, 64, 3))]
+)
+def test_other_configs_fit_their_images(name, shape):
+    config = named(name)
+    validate_for_data(config, shape, num_classes=10)
+    assert config.data.image_size in (0, shape[0])

@@ -133,6 +133,8 @@ def main(argv: list[str]) -> None:
     except Stopped as signal:
         print(f"stopped by {signal}; the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was saved before stays valid")
     print(result)
 
 

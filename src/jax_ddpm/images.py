@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from jax_ddpm.files import replacing
+
 
 def from_levels(levels: UInt8[Array, "*shape"], num_levels: int) -> Float32[Array, "*shape"]:
     """Levels 0, …, num_levels-1 (256 for images) evenly spaced over [-1, 1]."""
@@ -44,13 +46,11 @@ def save_grid(path: pathlib.Path, images: Float[np.ndarray, "n h w c"], columns:
 
 
 def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
-    """Writes one image at once: whoever finds the file, also after a kill, finds it whole."""
+    """Writes one image."""
     from PIL import Image
 
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, "PNG")
-    partial.replace(path)
+    with replacing(path) as partial:
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, "PNG")
 
 
 def load_png(path: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:

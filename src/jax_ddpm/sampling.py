@@ -12,6 +12,7 @@ from jaxtyping import Int, UInt8
 
 from jax_ddpm import images
 from jax_ddpm.errors import UserError
+from jax_ddpm.files import replacing
 from jax_ddpm.stopping import Poll, never
 from jax_ddpm.trained import Trained
 
@@ -119,11 +120,10 @@ def write_npz(
         }
         if labels is not None:
             arrays["labels"] = labels
-        partial = out.with_name(out.name + ".partial")
-        with partial.open("wb") as packed:
-            np.savez(packed, **arrays)  # type: ignore[arg-type]
-        _write_record(out, record | {"num_samples": num_samples})
-        partial.replace(out)
+        with replacing(out) as partial:
+            with partial.open("wb") as packed:
+                np.savez(packed, **arrays)  # type: ignore[arg-type]
+            _write_record(out, record | {"num_samples": num_samples})
     shutil.rmtree(parts, ignore_errors=True)
     _record(parts).unlink(missing_ok=True)
 
@@ -171,7 +171,5 @@ def _record(out: pathlib.Path) -> pathlib.Path:
 
 
 def _write_record(out: pathlib.Path, record: dict[str, Any]) -> None:
-    partial = _record(out).with_suffix(".json.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(_record(out))
+    with replacing(_record(out)) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jax_ddpm.config import default
 from jax_ddpm.data.source import Spec
 from jax_ddpm.errors import UserError
+from jax_ddpm.files import replacing
 from jax_ddpm.training import checkpoint
 
 # How long, how often and on what to run, not what is trained.
@@ -87,15 +88,10 @@ def require_same_run(
 
 def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None:
     """Notes what the run is, in ``config.json`` and ``data.json``."""
-    _replace(workdir / "config.json", config.to_json(indent=2) + "\n")
-    _replace(workdir / "data.json", json.dumps(spec._asdict(), indent=2) + "\n")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file at once: whoever reads it meanwhile, or after a kill, finds it whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with replacing(workdir / "config.json") as path:
+        path.write_text(config.to_json(indent=2) + "\n")
+    with replacing(workdir / "data.json") as path:
+        path.write_text(json.dumps(spec._asdict(), indent=2) + "\n")
 
 
 def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:

@@ -39,7 +39,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._name = signal.Signals(number).name
         self.__exit__()
-        message = f"{self._name}: finishing the step and saving; again to stop at once\n"
+        message = f"{self._name}: finishing what is under way, then saving; again to stop at once\n"
         with contextlib.suppress(OSError):  # of a stderr that is gone, with the terminal or `tee`
             os.write(2, message.encode())  # not print: a handler may interrupt one
 

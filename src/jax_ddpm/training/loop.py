@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -85,6 +86,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
             raise UserError(f"--workdir={workdir}: {done} steps are done; raise training.num_steps")
         save_identity(workdir, config, source.spec)
         if done == num_steps and picture(done).exists():
+            print(f"all {num_steps:,} steps of {workdir} are done", file=sys.stderr)
             return picture(done)
 
         heldout = HeldOut(objective, source, seed, mesh, batch_size, every.heldout_examples)

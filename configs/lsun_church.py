@@ -14,28 +14,21 @@ from jax_ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """113,673,219 parameters, unconditional."""
+    """113,673,219 parameters, unconditional; what is not set here is as for CIFAR-10."""
     config = default()
     config.data.source = "folder"
     config.data.path = "data/lsun_church"
     config.data.image_size = 256
     config.data.flip = True
 
-    config.model.base_channels = 128
     config.model.channel_multipliers = (1, 1, 2, 2, 4, 4)
-    config.model.num_res_blocks = 2
-    config.model.attention_resolutions = (16,)
     config.model.dropout = 0.0
 
-    config.process.name = "linear"
-    config.parameterisation.target = "eps"
     config.parameterisation.variance = "fixedsmall"
 
     config.training.num_steps = 1_200_000
     config.training.batch_size = 64
     config.training.learning_rate = 2e-5
-    config.training.warmup_steps = 5000
-    config.training.ema_decay = 0.9999
     config.training.sample_every = 50_000
     config.sampling.num_samples = 16
     config.sampling.batch_size = 16

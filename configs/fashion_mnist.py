@@ -1,7 +1,8 @@
 """Fashion-MNIST with its ten classes (Xiao et al. 2017), one in each column of the sample grid.
 
-Expected result: plainly recognisable clothes. Never trained to the end here. Measured: a train step
-of 128 images takes 3.5 GB (``--mode=check --config=configs/fashion_mnist.py`` on a CPU, 2026-11-22).
+Expected result: plainly recognisable clothes. Never trained to the end here. Measured: a train
+step of 128 images takes 3.5 GB (``--mode=check --config=configs/fashion_mnist.py`` on a CPU,
+2026-11-22).
 
 Data: the four files ``train-images-idx3-ubyte.gz``, ``train-labels-idx1-ubyte.gz``,
 ``t10k-images-idx3-ubyte.gz`` and ``t10k-labels-idx1-ubyte.gz`` in ``data/fashion_mnist`` or

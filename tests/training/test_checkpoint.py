@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import pathlib
-import resource
 import shutil
 import time
 
@@ -410,17 +409,6 @@ class TestLeftovers:
         assert contents(killed) == before
 
 
-@contextlib.contextmanager
-def no_file_grows_past(size):
-    """As on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 class TestFailingSaves:
     FAILED = r"^checkpoint 3 could not be written \(.*\); checkpoint 2 is the last one$"
 
@@ -500,7 +488,7 @@ class TestFailingSaves:
         with (
             one_line(self.FAILED),
             Checkpoints(run, keep_last=2, keep_every=0) as checkpoints,
-            no_file_grows_past(size),
+            tiny.no_file_grows_past(size),
         ):
             checkpoints.save(state, config, {})
             checkpoints.wait()

@@ -1,14 +1,13 @@
 """From the device to the log: exact means, and files that can be read back."""
 
-import contextlib
 import json
 import random
-import resource
 import struct
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jax_ddpm.errors import UserError
 from jax_ddpm.training import metrics
@@ -233,17 +232,6 @@ def tensorboard_scalars(folder):
     }
 
 
-@contextlib.contextmanager
-def no_file_grows_past(size):
-    """As on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 class TestMetricWriter:
     written = ((10, {"loss": 0.5, "images_per_second": 1e3}), (20, {"heldout_loss": 0.25}))
 
@@ -325,7 +313,7 @@ class TestMetricWriter:
         whole = self.write(tmp_path, lines=[(step, {"loss": 0.5}) for step in range(20)])
         writer = MetricWriter(tmp_path, 19, whole)
         size = whole + 10
-        with no_file_grows_past(size), writer, pytest.raises(OSError, match="too large"):
+        with tiny.no_file_grows_past(size), writer, pytest.raises(OSError, match="too large"):
             writer.write(20, {"loss": 0.25})
         assert (tmp_path / "metrics.jsonl").stat().st_size <= size
         self.write(tmp_path, 19, whole, [(20, {"loss": 0.25})])
@@ -336,7 +324,7 @@ class TestMetricWriter:
             (board,) = (tmp_path / "tensorboard").iterdir()
             writer.write(5, {"loss": 0.5})
             with (
-                no_file_grows_past(board.stat().st_size + 10),
+                tiny.no_file_grows_past(board.stat().st_size + 10),
                 pytest.raises(OSError, match="too large"),
             ):
                 writer.write(10, {"x": 1.0})

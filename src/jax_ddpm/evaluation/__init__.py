@@ -1,0 +1,1 @@
+"""What samples and models are worth: statistics of quality as pure functions over features."""

@@ -50,6 +50,21 @@ def test_digits_configs_fit_their_data(name):
     assert model.chain.num_timesteps == 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "heldout", "shape"),
+    [("digits_classifier", 359, (8, 8, 1)), ("fashion_mnist_classifier", 10_000, (28, 28, 1))],
+)
+def test_classifiers_have_few_features_and_are_measured_on_all_held_out_images(
+    name, heldout, shape
+):
+    config = named(name)
+    validate_for_data(config, shape, num_classes=10)
+    network = factory.make_model(config, tiny.spec(shape, num_classes=10)).network
+    params = network.init(jax.random.key(0))
+    assert params["logits"]["kernel"].shape == (64, 10)
+    assert config.training.heldout_examples >= heldout
+
+
 def test_cifar10_is_the_papers_recipe():
     """Ho et al. 2020, appendix B, and their code."""
     config = named("cifar10")
@@ -86,11 +101,13 @@ def the_error(check, *args, **fields):
 
 
 BAD = [
+    ("task", "classify"),
     ("seed", -1),
     ("seed", 2**32),
     ("parallel", "pjit"),
     ("data.source", "mnist"),
     ("data.image_size", 32),  # of the digits
+    ("data.shift", 1),  # of a diffusion model
     ("model.dtype", "float16"),
     ("model.base_channels", 0),
     ("model.channel_multipliers", ()),
@@ -153,6 +170,11 @@ NOT_TOGETHER = {
         {"data.source": "npz", "data.path": "some.npz", "data.image_size": 32},
         "config.data.image_size",
     ),
+    "shift_backwards": ({"task": "classification", "data.shift": -1}, "config.data.shift"),
+    "classifier_that_is_told": (
+        {"task": "classification", "model.class_conditional": True},
+        "config.model.class_conditional",
+    ),
     "no_signal_but_eps": ({"process.name": "jsd", "parameterisation.target": "eps"}, "target"),
     "hybrid_of_fixed": ({"loss.kind": "hybrid"}, "loss.kind"),
     "error_of_learned": ({"parameterisation.variance": "learned_range"}, "loss.kind"),
@@ -180,6 +202,7 @@ def test_fields_that_contradict_each_other_are_one_line(fields, named):
         ("model.attention_resolutions", (16,), (8, 8, 1)),
         ("model.attention_resolutions", (4, 2), (8, 8, 1)),
         ("model.class_conditional", True, (8, 8, 1)),
+        ("task", "classification", (8, 8, 1)),
     ],
     ids=str,
 )

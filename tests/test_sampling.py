@@ -346,7 +346,7 @@ def make():
         patch.setattr(
             factory,
             "make_network",
-            lambda module, shape: tiny.network(shape[-1], module.num_classes),
+            lambda module, x, *_: tiny.network(x.shape[-1], module.num_classes),
         )
         yield make
 
@@ -562,7 +562,7 @@ class TestRefusals:
 
 def replace_network():
     """In the child: a network of a few parameters, which compiles fast."""
-    factory.make_network = lambda module, shape: tiny.network(shape[-1], module.num_classes)
+    factory.make_network = lambda module, x, *_: tiny.network(x.shape[-1], module.num_classes)
 
 
 def replace_network_and_linger():

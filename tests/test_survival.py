@@ -37,7 +37,7 @@ FLAGS = [
 
 def replace_network():
     """In the child: a network of a few parameters, which compiles fast."""
-    factory.make_network = lambda module, shape: tiny.network(shape[-1], module.num_classes)
+    factory.make_network = lambda module, x, *_: tiny.network(x.shape[-1], module.num_classes)
 
 
 def train(folder, *flags, workdir):

@@ -30,8 +30,8 @@ def traces():
         traces.append(arguments)
         return tiny.apply(*arguments)
 
-    def make_network(module, shape):
-        return Network(tiny.network(shape[-1], module.num_classes).init, apply)
+    def make_network(module, x, *_):
+        return Network(tiny.network(x.shape[-1], module.num_classes).init, apply)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factory, "make_network", make_network)

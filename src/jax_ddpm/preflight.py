@@ -95,7 +95,7 @@ class Preflight:
 
     def parameters(self) -> str:
         """The state before the first step."""
-        model = factory.Model(self.config, self.source.spec)
+        model = factory.make_model(self.config, self.source.spec)
         objective = make_objective(self.config, model)
         self.recipe = make_recipe(self.config, objective)
         self.seed = jax.random.key(self.config.seed)

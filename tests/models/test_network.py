@@ -25,7 +25,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def network(unet):
-    return make_network(unet, (8, 8, 3))
+    return make_network(unet, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), {})
 
 
 @pytest.fixture(scope="module")

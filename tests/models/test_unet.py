@@ -81,7 +81,7 @@ ONE_LEVEL = TINY | {"channel_multipliers": (1,), "attention_resolutions": ()}
 
 def make(**fields):
     """A U-Net on 8×8 images, compiled, and its parameters at the start."""
-    network = make_network(UNet(**fields), (8, 8, 1))
+    network = make_network(UNet(**fields), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), {})
     return jax.jit(network.apply), network.init(jax.random.key(0))
 
 

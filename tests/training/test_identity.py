@@ -51,6 +51,8 @@ FREE = {
     "sampling.num_samples",
     "sampling.batch_size",
     "sampling.clip",
+    "sampling.num_steps",
+    "sampling.guidance_scale",
 }
 
 

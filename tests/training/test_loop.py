@@ -41,8 +41,8 @@ def run():
         train(tiny.config(**FIELDS | fields), workdir, poll=poll, accept_changes=accept_changes)
         return workdir
 
-    def make_network(module, shape):
-        return tiny.network(shape[-1], module.num_classes)
+    def make_network(module, x, *_):
+        return tiny.network(x.shape[-1], module.num_classes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factory, "make_network", make_network)

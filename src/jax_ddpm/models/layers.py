@@ -1,4 +1,4 @@
-"""The layers of the U-Net, with the initialisation of Ho et al. 2020.
+"""The layers of the networks, with the initialisation of Ho et al. 2020.
 
 Kernels are drawn uniformly with variance ``scale``/fan-average; layers that end a residual branch
 take ``scale`` ≈ 0, so every block starts as the identity.
@@ -99,7 +99,7 @@ class Dropout(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm-swish-conv, plus the embedding, norm-swish-dropout-conv, plus a shortcut."""
+    """norm-swish-conv, plus the embedding if any, norm-swish-dropout-conv, plus a shortcut."""
 
     features: int
     num_groups: int
@@ -108,11 +108,12 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], dropout_keys: Any
+        self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"] | None, dropout_keys: Any
     ) -> Float[Array, "b h w f"]:
         h = nn.swish(GroupNorm(self.num_groups, self.dtype, name="norm1")(x))
         h = conv(self.features, self.dtype, "conv1")(h)
-        h += dense(self.features, self.dtype, "embedding")(embedding)[:, None, None, :]
+        if embedding is not None:
+            h += dense(self.features, self.dtype, "embedding")(embedding)[:, None, None, :]
         h = nn.swish(GroupNorm(self.num_groups, self.dtype, name="norm2")(h))
         h = Dropout(self.dropout)(h, dropout_keys)
         h = conv(self.features, self.dtype, "conv2", scale=0.0)(h)

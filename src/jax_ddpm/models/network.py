@@ -11,25 +11,25 @@ from jax_ddpm.models.initialisers import HostInitialiser, generator
 
 
 class Network(NamedTuple):
-    """A denoising network.
+    """The functions of a network.
 
-    ``apply(params, x, time, conditioning, dropout_keys=None) → output`` is pure, and a stable
-    object, so that programs compiled for it are found again; ``init(key) → params`` draws
-    float32 parameters.
+    ``apply(params, *inputs) → output`` takes and gives what the module does, is pure, and a stable
+    object, so that programs compiled for it are found again; ``init(key) → params`` draws float32
+    parameters.
     """
 
     init: Any
     apply: Any
 
 
-def make_network(module: nn.Module, image_shape: tuple[int, int, int]) -> Network:
-    """``module`` on images of ``image_shape`` (height, width, channels)."""
+def make_network(module: nn.Module, *example_inputs: Any) -> Network:
+    """``module`` for inputs of the shapes and dtypes of these; batches may be of any size."""
 
-    def apply(params, x, time, conditioning, dropout_keys=None):
-        return module.apply({"params": params}, x, time, conditioning, dropout_keys)
+    def apply(params, *inputs, **named_inputs):
+        return module.apply({"params": params}, *inputs, **named_inputs)
 
     def init(key: Any) -> Any:
-        return _draw_parameters(module, key, jnp.zeros((1, *image_shape)), jnp.zeros(1), {})
+        return _draw_parameters(module, key, *example_inputs)
 
     return Network(init, apply)
 

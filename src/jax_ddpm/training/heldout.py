@@ -1,7 +1,6 @@
 """The objective measured on data that training never sees."""
 
-import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +8,36 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
-from jax_ddpm.diffusion.time_sampling import Stratified
 from jax_ddpm.keys import StepKeys, Stream, stream_key
 from jax_ddpm.stopping import Poll, never
 from jax_ddpm.training.metrics import weighted_means
-from jax_ddpm.training.objective import DiffusionObjective
+from jax_ddpm.training.state import Objective
+
+
+@runtime_checkable
+class Measurable(Objective, Protocol):
+    """An objective that can do without the randomness of training."""
+
+    def init(self) -> Any:
+        """Its extra state before the first step."""
+        ...
+
+    def measuring(self) -> "Measurable":
+        """The same without augmentation and dropout."""
+        ...
 
 
 class HeldOut:
-    """The mean loss of the held-out split, under the same times and noise at every call.
+    """The mean loss of the held-out split, with the same random numbers at every call.
 
-    Flips, dropout and label drop are off, and times are spread evenly over the examples, so that
+    It is the objective's ``measuring()`` form, without augmentation and dropout, so that
     differences between calls are differences between parameters. At most ``max_examples`` are used,
     picked at random but always the same.
     """
 
     def __init__(
         self,
-        objective: DiffusionObjective,
+        objective: Measurable,
         source: Source,
         seed: Any,
         mesh: Mesh,
@@ -34,13 +45,12 @@ class HeldOut:
         max_examples: int,
     ):
         count = min(max_examples, source.spec.split_sizes["heldout"])
-        sampler = Stratified(objective.chain.num_timesteps)
-        measured = dataclasses.replace(objective, augment=False, time_sampler=sampler)
+        measured = objective.measuring()
         key = stream_key(seed, Stream.HELD_OUT)
 
         def evaluate(params, batch, index, mask):
             keys = StepKeys(key, jnp.zeros((), jnp.int32), index, count)
-            loss, metrics, _ = measured(params, sampler.init(), batch, keys, keys.step)
+            loss, metrics, _ = measured(params, measured.init(), batch, keys, keys.step)
             metrics = {"loss": (loss, jnp.ones_like(loss))} | metrics
             return jax.tree.map(lambda values: jnp.sum(values * mask), metrics)
 
@@ -54,7 +64,7 @@ class HeldOut:
         ]
 
     def __call__(self, params: dict[str, Any], poll: Poll = never) -> dict[str, float]:
-        """``heldout_loss`` and its quarters of t; ``poll`` is called before each batch."""
+        """``heldout_loss`` and the other metrics; ``poll`` is called before each batch."""
         parts = []
         for batch in self._batches:
             poll()

@@ -16,6 +16,7 @@ from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
 from jax_ddpm.stopping import Poll, Stopped, never
+from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
 from jax_ddpm.training.heldout import HeldOut
 from jax_ddpm.training.identity import claimed, require_same_run, save_identity
@@ -32,11 +33,12 @@ def train(
     accept_changes: bool = False,
     poll: Poll = never,
 ) -> pathlib.Path:
-    """Trains into ``workdir`` up to ``training.num_steps``; returns the last sample grid's path.
+    """Trains into ``workdir`` up to ``training.num_steps``; returns the path of what came last.
 
-    Writes ``config.json``, ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and
-    ``checkpoints/``. A run that lies there goes on from its newest whole checkpoint, to the same
-    parameters and the same ``metrics.jsonl`` as if it had never been interrupted.
+    That is a sample grid, of a classifier the last checkpoint. Writes ``config.json``,
+    ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and ``checkpoints/``. A run
+    that lies there goes on from its newest whole checkpoint, to the same parameters and the same
+    ``metrics.jsonl`` as if it had never been interrupted.
 
     Args:
       accept_changes: go on although the config differs in meaning from the run's.
@@ -66,7 +68,7 @@ def train(
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll) -> pathlib.Path:
-    model = factory.Model(config, source.spec)
+    model = factory.make_model(config, source.spec)
     objective = make_objective(config, model)
     recipe = make_recipe(config, objective)
     every, batch_size = config.training, config.training.batch_size
@@ -90,7 +92,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
             return picture(done)
 
         heldout = HeldOut(objective, source, seed, mesh, batch_size, every.heldout_examples)
-        generator = Generator(model, config.sampling.batch_size, mesh)
+        generator = None
+        if isinstance(model, factory.Model):
+            generator = Generator(model, config.sampling.batch_size, mesh)
         step_fn = compile_step(recipe, mesh, config.parallel)
         with (
             MetricWriter(workdir, done, resumed.get("position", 0)) as writer,
@@ -115,19 +119,18 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
 
             def evaluate() -> None:
                 """Writes nothing before all is measured, so that it can be done over."""
-                if not (due(every.heldout_every) or due(every.sample_every)):
+                drawer = generator if due(every.sample_every) else None
+                if not (due(every.heldout_every) or drawer):
                     return
                 with meter.paused():
                     if done == num_steps:
                         meter.finish()
-                    if due(every.sample_every):
-                        samples = generator(
-                            state.ema["network"], config.seed, num_samples, poll=poll
-                        )
+                    if drawer:
+                        samples = drawer(state.ema["network"], config.seed, num_samples, poll=poll)
                     if due(every.heldout_every):
                         writer.write(done, heldout(state.ema, poll))
-                    if due(every.sample_every):
-                        images.save_grid(picture(done), samples, generator.columns(num_samples))
+                    if drawer:
+                        images.save_grid(picture(done), samples, drawer.columns(num_samples))
                         bar.say(f"wrote {picture(done)}")
 
             bar.say(describe(params, source, mesh, done))
@@ -147,7 +150,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
                     save()
                 checkpoints.wait()  # or whoever stopped it would not learn that it failed
                 raise
-    return picture(done)
+    return picture(done) if generator else checkpoint.folder(workdir) / str(done)
 
 
 def describe(params: dict[str, Any], source: Source, mesh: Mesh, done: int) -> str:

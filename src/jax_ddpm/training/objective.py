@@ -15,9 +15,10 @@ from jax_ddpm.diffusion.likelihood import ModelVariance, bound_term
 from jax_ddpm.diffusion.losses import weighted_error
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import per_example_normal, q_sample
-from jax_ddpm.diffusion.time_sampling import TimeSampler
+from jax_ddpm.diffusion.time_sampling import Stratified, TimeSampler
 from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
+from jax_ddpm.training import augmentation
 from jax_ddpm.training.state import Metrics
 
 
@@ -52,6 +53,11 @@ class DiffusionObjective:
         """The extra state before the first step."""
         return self.time_sampler.init()
 
+    def measuring(self) -> "DiffusionObjective":
+        """Without what is random for training alone, and with times spread evenly over a batch."""
+        sampler = Stratified(self.chain.num_timesteps)
+        return dataclasses.replace(self, augment=False, time_sampler=sampler)
+
     def __call__(
         self,
         params: dict[str, Any],
@@ -82,8 +88,7 @@ class DiffusionObjective:
         x0 = from_levels(batch["image"], self.num_levels)
         if not (self.flip and self.augment):
             return x0
-        coin = jax.vmap(jax.random.bernoulli)(keys.per_example(Stream.FLIP))
-        return jnp.where(coin[:, None, None, None], x0[:, :, ::-1], x0)
+        return augmentation.flip(keys.per_example(Stream.FLIP), x0)
 
     def _conditioning(self, batch: dict[str, Array], keys: StepKeys) -> Conditioning:
         if self.label_drop is None:

@@ -5,13 +5,23 @@ import optax
 from ml_collections import ConfigDict
 
 from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS
-from jax_ddpm.factory import Model
+from jax_ddpm.factory import Classifier, Model
+from jax_ddpm.training.classification import ClassificationObjective
 from jax_ddpm.training.objective import DiffusionObjective
-from jax_ddpm.training.state import Average, Phase, Recipe
+from jax_ddpm.training.state import Average, Objective, Phase, Recipe
 
 
-def make_objective(config: ConfigDict, model: Model) -> DiffusionObjective:
+def make_objective(
+    config: ConfigDict, model: Model | Classifier
+) -> DiffusionObjective | ClassificationObjective:
     """What training minimises."""
+    if isinstance(model, Classifier):
+        return ClassificationObjective(
+            apply=model.network.apply,
+            num_levels=model.spec.num_levels,
+            flip=config.data.flip,
+            shift=config.data.shift,
+        )
     return DiffusionObjective(
         apply=model.network.apply,
         chain=model.chain,
@@ -27,8 +37,8 @@ def make_objective(config: ConfigDict, model: Model) -> DiffusionObjective:
     )
 
 
-def make_recipe(config: ConfigDict, objective: DiffusionObjective) -> Recipe:
-    """DDPM training: one phase, the parameters "network" and their average of the same name."""
+def make_recipe(config: ConfigDict, objective: Objective) -> Recipe:
+    """One phase, the parameters "network" and their average of the same name."""
     learning_rate = make_learning_rate(config)
     optimiser = optax.chain(
         optax.clip_by_global_norm(config.training.grad_clip),

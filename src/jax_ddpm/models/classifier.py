@@ -1,0 +1,56 @@
+"""An image classifier: the way down of the U-Net, without time, and a mean over pixels."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from jax_ddpm.models.layers import AttentionBlock, Dtype, GroupNorm, ResBlock, conv, dense
+
+
+class ResNet(nn.Module):
+    """Features and class logits of an image (He et al. 2016, with pre-activation).
+
+    Attributes:
+      num_classes: how many logits.
+      base_channels, channel_multipliers, num_res_blocks, attention_resolutions, num_groups,
+      dropout, dtype, remat: as in ``UNet``.
+    """
+
+    num_classes: int
+    base_channels: int = 32
+    channel_multipliers: tuple[int, ...] = (1, 2)
+    num_res_blocks: int = 1
+    attention_resolutions: tuple[int, ...] = ()
+    num_groups: int = 8
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], dropout_keys: Any = None
+    ) -> tuple[Float32[Array, "b features"], Float32[Array, "b classes"]]:
+        """The features, as many as the last level is wide, and the logits, of x in [-1, 1].
+
+        ``dropout_keys`` is one PRNG key per example in training, None otherwise.
+        """
+        res_block = nn.remat(ResBlock) if self.remat else ResBlock
+        attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        h = conv(self.base_channels, self.dtype, "conv_in")(x.astype(self.dtype))
+        for level, multiplier in enumerate(self.channel_multipliers):
+            if level > 0:
+                h = conv(h.shape[-1], self.dtype, f"downsample{level - 1}", stride=2)(h)
+            width = multiplier * self.base_channels
+            for i in range(self.num_res_blocks):
+                name = f"down{level}_{i}"
+                block = res_block(
+                    width, self.num_groups, self.dropout, self.dtype, name=f"{name}_res"
+                )
+                h = block(h, None, dropout_keys)
+                if h.shape[1] in self.attention_resolutions:
+                    h = attention(self.num_groups, self.dtype, name=f"{name}_attention")(h)
+        h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))
+        features = h.mean(axis=(1, 2))
+        return features, dense(self.num_classes, jnp.float32, "logits")(features)

@@ -1,0 +1,177 @@
+"""The classifier's objective by hand, and its training through the one loop."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jax_ddpm import factory
+from jax_ddpm.keys import StepKeys
+from jax_ddpm.preflight import Preflight
+from jax_ddpm.stopping import Stopped
+from jax_ddpm.training import checkpoint
+from jax_ddpm.training.classification import ClassificationObjective
+from jax_ddpm.training.loop import train
+from jax_ddpm.training.recipe import make_recipe
+from jax_ddpm.training.state import init_state
+from jax_ddpm.training.step import compile_step, replicate
+
+SIZE = 6
+FIELDS = {
+    "task": "classification",
+    "data__flip": True,
+    "data__shift": 1,
+    "model__base_channels": 4,
+    "model__attention_resolutions": (),
+    "training__learning_rate": 0.03,
+    "training__num_steps": 40,
+    "training__batch_size": 32,
+    "training__log_every": 15,
+    "training__heldout_every": 20,
+    "training__sample_every": 10,
+    "training__checkpoint_every": 20,
+}
+
+
+def linear(params, x, dropout_keys=None):
+    """Class i has the logit of pixel i, halved where there are keys to drop units out by."""
+    features = x.reshape(len(x), -1)
+    logits = params["gain"] * features[:, :3]
+    return features, logits if dropout_keys is None else logits / 2
+
+
+@pytest.fixture
+def keys():
+    return StepKeys(jax.random.key(3), jnp.array(5), jnp.arange(SIZE), SIZE)
+
+
+@pytest.fixture
+def objective():
+    return ClassificationObjective(linear, num_levels=17, flip=True, shift=1)
+
+
+@pytest.fixture
+def batch():
+    return jax.tree.map(jnp.asarray, tiny.batch(tiny.spec(), SIZE))
+
+
+def test_measures_the_cross_entropy_and_who_is_right(objective, keys, batch):
+    measured = objective.measuring()
+    loss, metrics, extra = jax.jit(measured)(
+        {"network": {"gain": jnp.array(3.0)}}, measured.init(), batch, keys, keys.step
+    )
+    pixels = np.asarray(batch["image"], float).reshape(SIZE, -1) / 16 * 2 - 1
+    odds = np.exp(3 * pixels[:, :3])
+    probability = (odds / odds.sum(axis=1, keepdims=True))[np.arange(SIZE), batch["label"]]
+    np.testing.assert_allclose(loss, -np.log(probability), rtol=1e-5)
+    right, weights = metrics["accuracy"]
+    assert right.tolist() == [*(odds.argmax(axis=1) == batch["label"])]
+    assert weights.all()
+    assert extra == ()
+
+
+def test_ignorance_costs_the_logarithm_of_the_number_of_classes(objective, keys, batch):
+    loss, _, _ = objective({"network": {"gain": jnp.zeros(())}}, (), batch, keys, keys.step)
+    np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
+
+
+def test_only_training_is_random(objective, keys, batch):
+    def loss(objective, step):
+        params = {"network": {"gain": jnp.array(3.0)}}
+        at = StepKeys(keys.seed, jnp.array(step), keys.index, SIZE)
+        return np.asarray(objective(params, (), batch, at, at.step)[0])
+
+    assert np.any(loss(objective, 5) != loss(objective, 6))
+    np.testing.assert_array_equal(*(loss(objective.measuring(), step) for step in (5, 6)))
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_splitting_the_batch_changes_nothing(objective, mesh_of, parallel):
+    def run(num_devices, accumulate, parallel):
+        mesh = mesh_of(num_devices)
+        recipe = make_recipe(tiny.config(), objective)._replace(accumulate=accumulate)
+        params = {"network": {"gain": jnp.array(3.0)}}
+        state = replicate(init_state(recipe, params, objective.init()), mesh)
+        step = compile_step(recipe, mesh, parallel)
+        _, metrics = step(state, tiny.batch(tiny.spec()), jax.random.key(1))
+        return jax.device_get(metrics)
+
+    whole, split = run(1, 1, "jit"), run(4, 2, parallel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), split, whole)
+
+
+class TestRun:
+    """Through the loop of all training, on the digits."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def run():
+        def run(workdir, poll=lambda: None):
+            return train(tiny.config(**FIELDS), workdir, poll=poll)
+
+        return run
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def finished(run, tmp_path_factory):
+        workdir = tmp_path_factory.mktemp("finished")
+        assert run(workdir) == workdir / "checkpoints" / "40"
+        return workdir
+
+    @staticmethod
+    def log(workdir):
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return [line | {"images_per_second": None} for line in lines]
+
+    def assert_same_run(self, one, other):
+        assert self.log(one) == self.log(other)
+        for item in ("params", "ema", "opt_state"):
+            trees = [checkpoint.restore_item(workdir, 40, item) for workdir in (one, other)]
+            jax.tree.map(np.testing.assert_array_equal, *trees)
+
+    def test_learns(self, finished):
+        """Guessing is right once in ten, so in 36 of 359 images, give or take 6."""
+        measured = [line for line in self.log(finished) if "heldout_loss" in line]
+        assert [line["step"] for line in measured] == [20, 40]
+        assert measured[-1]["heldout_loss"] < measured[0]["heldout_loss"] < np.log(10)
+        assert measured[-1]["heldout_accuracy"] > 0.2
+
+    def test_draws_no_pictures(self, finished):
+        assert not (finished / "samples").exists()
+
+    def test_again_is_the_same_to_the_last_bit(self, run, finished, tmp_path):
+        run(tmp_path)
+        self.assert_same_run(tmp_path, finished)
+
+    @pytest.mark.parametrize("call", [23, 42])
+    def test_interrupted_is_the_same_to_the_last_bit(self, run, finished, tmp_path, call):
+        """Between steps, and while it is measured on held-out images for the last time."""
+        calls = iter(range(1, call))
+
+        def poll():
+            if next(calls, None) is None:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            run(tmp_path, poll)
+        run(tmp_path)
+        self.assert_same_run(tmp_path, finished)
+
+    def test_a_finished_run_stays_as_it_is(self, run, finished):
+        before = self.log(finished)
+        assert run(finished) == finished / "checkpoints" / "40"
+        assert self.log(finished) == before
+
+    def test_another_run_starts_from_it(self, finished, tmp_path):
+        config = tiny.config(**FIELDS | {"init_from": str(finished)})
+        network = factory.make_model(config, factory.make_source(config).spec).network
+        start = checkpoint.initial_parameters(config, network, jax.random.key(0), tmp_path)
+        expected = checkpoint.restore_item(finished, 40, "ema")["network"]
+        jax.tree.map(np.testing.assert_array_equal, start, expected)
+
+    def test_is_checked_before_it_is_submitted(self, tmp_path, capsys):
+        Preflight(tiny.config(**FIELDS), tmp_path).run()
+        assert "FAILED" not in capsys.readouterr().out

@@ -11,6 +11,7 @@ from jax_ddpm import generate
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.loop import Snapshots
 from jax_ddpm.errors import UserError
+from jax_ddpm.factory import Model
 from jax_ddpm.generate import Generator
 from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.models.network import Network
@@ -235,3 +236,100 @@ def test_new_parameters_seeds_and_labels_reuse_the_program(params):
     second = generator(jax.tree.map(lambda leaf: leaf + 1, params), 0, 7, label=1)
     assert len(traces) == num_traces
     assert not np.allclose(first, second[:4])
+
+
+class TestSteps:
+    """``sampling.num_steps`` of the chain's T: evenly spaced, with both of its ends."""
+
+    @staticmethod
+    def times(num_timesteps, num_steps):
+        fields = {
+            "process__num_timesteps": num_timesteps,
+            "sampling__num_steps": num_steps,
+            "parameterisation__variance": "fixedsmall",
+        }
+        return tiny.model(tiny.config(**fields), tiny.spec(SHAPE)).sampler().nodes.time
+
+    @staticmethod
+    def check(times, num_timesteps, num_steps):
+        assert len(times) == num_steps
+        np.testing.assert_array_equal(times, np.round(times), "of the chain")
+        assert times[0] == num_timesteps - 1
+        if num_steps > 1:
+            assert times[-1] == 0
+            gap = (num_timesteps - 1) / (num_steps - 1)
+            assert np.all(-np.diff(times) >= max(1, np.floor(gap)))
+            assert np.all(-np.diff(times) <= np.ceil(gap))
+
+    @pytest.mark.parametrize("num_timesteps", range(2, 61))
+    def test_of_a_short_chain(self, num_timesteps, monkeypatch):
+        model = tiny.model(tiny.config(process__num_timesteps=num_timesteps), tiny.spec(SHAPE))
+        for num_steps in range(1, num_timesteps + 1):
+            monkeypatch.setattr(model, "_num_steps", num_steps)
+            self.check(model.sampler().nodes.time, num_timesteps, num_steps)
+
+    @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 10, 50, 250, 333, 500, 501, 750, 998, 999])
+    def test_of_the_papers_chain(self, num_steps):
+        self.check(self.times(1000, num_steps), 1000, num_steps)
+
+    @pytest.mark.parametrize("num_steps", [0, 8])
+    def test_zero_is_all_of_them(self, num_steps):
+        np.testing.assert_array_equal(self.times(8, num_steps), np.arange(7.0, -1, -1))
+
+
+class TestGuidance:
+    """With the UNet itself, tiny, and parameters of which none is zero."""
+
+    CONFIG = tiny.config(model__class_conditional=True, process__num_timesteps=3)
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def unet():
+        return Model(TestGuidance.CONFIG, tiny.spec(SHAPE))
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def unet_params(unet):
+        rng = np.random.default_rng(0)
+        zeros = unet.network.init(jax.random.key(0))
+        return jax.tree.map(lambda p: p + np.float32(0.1 * rng.normal(size=p.shape)), zeros)
+
+    @staticmethod
+    def draw(unet_params, scale, label=None):
+        config = TestGuidance.CONFIG.copy_and_resolve_references()
+        config.sampling.guidance_scale = scale
+        generator = Generator(Model(config, tiny.spec(SHAPE)), 4, mesh())
+        return generator(unet_params, 0, 4, label)
+
+    def test_scale_1_draws_what_is_drawn_without_it(self, unet, unet_params):
+        """To the last bit: also of one who knows nothing of guidance."""
+        np.testing.assert_array_equal(
+            self.draw(unet_params, 1.0), Generator(unet, 4, mesh())(unet_params, 0, 4)
+        )
+        assert type(unet.denoiser(unet_params, 1.0)) is type(unet.denoiser(unet_params))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("scale", [0.0, 2.0])
+    def test_other_scales_follow_from_the_two_predictions(self, unet, unet_params, scale):
+        """With the network told the label and, by its own null label, none."""
+        x = per_example_normal(jax.random.split(jax.random.key(1), 3), jnp.zeros((3, *SHAPE)))
+        t, label = jnp.float32(1), jnp.array([2, 0, 1])
+        null = {"label": label, "label_drop": jnp.ones(3, bool)}
+
+        @jax.jit
+        def predict(params):
+            plain, guided = unet.denoiser(params).denoiser, unet.denoiser(params, scale).denoiser
+            given = {"label": label}
+            return plain(x, t, given).eps, plain(x, t, null).eps, guided(x, t, given).eps
+
+        conditional, unconditional, guided = predict(unet_params)
+        assert np.all(np.abs(conditional - unconditional).max(axis=(1, 2, 3)) > 1e-3)
+        expected = (1 - scale) * unconditional + scale * conditional
+        np.testing.assert_allclose(guided, expected, atol=1e-5)
+
+    @pytest.mark.slow
+    def test_the_scale_of_the_config_is_that_of_the_samples(self, unet_params):
+        """All of them differ; at 0 the label does not matter."""
+        zero, half, one, two = (self.draw(unet_params, scale) for scale in (0.0, 0.5, 1.0, 2.0))
+        assert len({x.tobytes() for x in (zero, half, one, two)}) == 4
+        np.testing.assert_array_equal(self.draw(unet_params, 0.0, label=2), zero)

@@ -6,7 +6,7 @@ Importing this package loads nothing heavy; import the room you need:
 """
 
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax_ddpm.trained import Trained
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(workdir: str | pathlib.Path, step: int | None = None, raw: bool = False) -> "Trained":
+def load(
+    workdir: str | pathlib.Path, step: int | None = None, raw: bool = False, **sampling: Any
+) -> "Trained":
     """The model that a run trained; see ``jax_ddpm.trained.load``."""
     from jax_ddpm import trained
 
-    return trained.load(workdir, step, raw)
+    return trained.load(workdir, step, raw, **sampling)

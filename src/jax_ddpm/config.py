@@ -1,5 +1,6 @@
 """Every setting with its default, and the checks made before any device work."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax_ddpm.errors import UserError
 def default() -> ConfigDict:
     """All fields; a config in ``configs/`` changes those that make its experiment."""
     config = ConfigDict()
+    config.task = "diffusion"  # or classification, which ignores process to loss, and sampling
     config.seed = 0
     config.parallel = "jit"  # over a mesh of all devices; or pmap
     config.init_from = ""  # workdir whose averaged parameters to start from
@@ -21,6 +23,7 @@ def default() -> ConfigDict:
     config.data.name = ""  # of the tfds set, e.g. "cifar10" or "imagenet_resized/64x64:0.1.0"
     config.data.image_size = 0  # resize and crop to a square (folder, tfds); 0: as they are
     config.data.flip = False  # random horizontal flips
+    config.data.shift = 0  # random shifts by up to so many pixels (classification)
 
     config.model = ConfigDict()
     config.model.base_channels = 128
@@ -74,10 +77,13 @@ def default() -> ConfigDict:
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
     config.sampling.clip = True  # the predicted x_0 to [-1, 1] in every step
+    config.sampling.num_steps = 0  # evenly spaced over the chain; 0: all of it
+    config.sampling.guidance_scale = 1.0  # classifier-free; 0: unconditional, 1: conditional
     return config.lock()  # a mistyped field in a config file is an error, not a new field
 
 
 _CHOICES = {
+    "task": ("diffusion", "classification"),
     "parallel": ("jit", "pmap"),
     "data.source": ("digits", "npz", "idx", "cifar10", "folder", "tfds"),
     "model.dtype": ("float32", "bfloat16"),
@@ -136,8 +142,15 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     for field in ("loss.bound_weight", "training.warmup_steps", "training.keep_every"):
         _require(config, field, lambda value: value >= 0, "0 or more")
     _require(config, "process.num_timesteps", lambda value: value >= 2, "at least 2")
+    _require(
+        config,
+        "model.class_conditional",
+        lambda value: not value or config.task == "diffusion",
+        "False: a classifier is not told the class",
+    )
     _validate_data(config)
     _validate_process(config)
+    validate_sampling(config)
 
     part = config.training.accumulate * num_devices
     _require(
@@ -170,6 +183,13 @@ def _validate_data(config: ConfigDict) -> None:
         _require(config, "data.path", bool, f"the path of the data for data.source={source}")
     if source == "tfds":
         _require(config, "data.name", bool, "the name of a set of TensorFlow Datasets")
+    shifts = config.task == "classification"
+    _require(
+        config,
+        "data.shift",
+        lambda value: value == 0 or (value > 0 and shifts),
+        "0 or more" if shifts else "0: a diffusion model would learn to draw shifted images",
+    )
     resizes = source in ("folder", "tfds")
     _require(
         config,
@@ -208,10 +228,36 @@ def _validate_process(config: ConfigDict) -> None:
     )
 
 
+def validate_sampling(config: ConfigDict) -> None:
+    """Checks the section ``sampling`` against the model; raises like ``validate``."""
+    num_timesteps = config.process.num_timesteps
+    _require(
+        config,
+        "sampling.num_steps",
+        lambda value: 0 <= value <= num_timesteps,
+        f"at most process.num_timesteps = {num_timesteps}, or 0 for all of them",
+    )
+    guided = config.model.class_conditional and config.training.label_drop > 0
+    _require(
+        config,
+        "sampling.guidance_scale",
+        lambda value: value == 1 or (guided and 0 <= value < math.inf),
+        "0 or more, and finite"
+        if guided
+        else "1: guidance needs a class-conditional model trained with training.label_drop > 0",
+    )
+
+
 def validate_for_data(
     config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int
 ) -> None:
     """Checks what the data decides: sizes, attention, labels; raises like ``validate``."""
+    _require(
+        config,
+        "task",
+        lambda value: value == "diffusion" or num_classes > 0,
+        "diffusion: this data has no labels",
+    )
     height, width, _ = image_shape
     levels = len(config.model.channel_multipliers)
     factor = 2 ** (levels - 1)

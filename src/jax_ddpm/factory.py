@@ -16,11 +16,13 @@ from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.data.tfds import tfds
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
+from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
 from jax_ddpm.diffusion.likelihood import ModelVariance
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.loop import Sampler
 from jax_ddpm.diffusion.schedules import make_betas
+from jax_ddpm.models.classifier import ResNet
 from jax_ddpm.models.network import Network, make_network
 from jax_ddpm.models.unet import UNet
 
@@ -39,6 +41,12 @@ def make_source(config: ConfigDict) -> Source:
     source = SOURCES[config.data.source](config.data)
     validate_for_data(config, source.spec.image_shape, source.spec.num_classes)
     return source
+
+
+def _module_fields(config: ConfigDict) -> dict[str, Any]:
+    """The section ``model`` as the networks take it."""
+    fields = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
+    return {name: value for name, value in fields.items() if name != "class_conditional"}
 
 
 class Model:
@@ -60,26 +68,46 @@ class Model:
         self.network: Network = make_network(
             UNet(
                 out_channels=spec.image_shape[-1] * (2 if in_output else 1),
-                base_channels=config.model.base_channels,
-                channel_multipliers=config.model.channel_multipliers,
-                num_res_blocks=config.model.num_res_blocks,
-                attention_resolutions=config.model.attention_resolutions,
-                num_groups=config.model.num_groups,
-                dropout=config.model.dropout,
                 num_classes=self.num_classes,
-                dtype=jnp.dtype(config.model.dtype),
-                remat=config.model.remat,
+                **_module_fields(config),
             ),
-            spec.image_shape,
+            jnp.zeros((1, *spec.image_shape)),
+            jnp.zeros(1),
+            {},
         )
         self._clip = config.sampling.clip
+        self._num_steps = config.sampling.num_steps or self.chain.num_timesteps
+        self.guidance_scale = config.sampling.guidance_scale
 
-    def denoiser(self, params: Any) -> Denoiser:
-        """The network with these parameters, as samplers see it."""
-        denoiser = NetworkDenoiser(params, self.network.apply, self.parameterisation)
+    def denoiser(self, params: Any, guidance_scale: float = 1.0) -> Denoiser:
+        """The network with these parameters, as likelihoods and samplers see it."""
+        denoiser: Denoiser = NetworkDenoiser(params, self.network.apply, self.parameterisation)
+        if guidance_scale != 1:
+            denoiser = ClassifierFreeGuidance(denoiser, guidance_scale)
         return ClippedDenoiser(denoiser, self.chain) if self._clip else denoiser
 
     def sampler(self) -> Sampler:
-        """Ancestral sampling down the whole chain."""
-        times = np.arange(self.chain.num_timesteps - 1, -1, -1, dtype=np.float64)
+        """Ancestral sampling down the chain, or ``sampling.num_steps`` of its steps."""
+        last = self.chain.num_timesteps - 1
+        times = np.round(np.linspace(last, 0, self._num_steps))
         return ancestral(self.chain, times, self.variance)
+
+
+class Classifier:
+    """The network that tells the classes of the data apart: ``x → (features, logits)``."""
+
+    def __init__(self, config: ConfigDict, spec: Spec):
+        self.spec, self.num_classes = spec, spec.num_classes
+        self.network: Network = make_network(
+            ResNet(num_classes=spec.num_classes, **_module_fields(config)),
+            jnp.zeros((1, *spec.image_shape)),
+        )
+
+
+def make_model(config: ConfigDict, spec: Spec) -> Model | Classifier:
+    """What ``config.task`` trains."""
+    models: dict[str, type[Model | Classifier]] = {
+        "diffusion": Model,
+        "classification": Classifier,
+    }
+    return models[config.task](config, spec)

@@ -1,7 +1,6 @@
 """The batched sampling driver."""
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,7 +15,8 @@ from jax_ddpm.diffusion.samplers.loop import Snapshots, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.keys import Stream, example_keys, stream_key
-from jax_ddpm.stopping import Poll, Stopped, never
+from jax_ddpm.pipeline import run_ahead
+from jax_ddpm.stopping import Poll, never
 
 _MAX_COLUMNS = 10
 
@@ -58,28 +58,18 @@ class Generator:
     ) -> Iterator[tuple[int, Snapshots]]:
         """For each start the samples ``start, …, start + batch_size - 1`` of the seed, on the host.
 
-        The next batch is under way while the caller handles one. ``poll`` is called before each;
-        where it raises Stopped, what is under way is yielded before that passes on.
+        Batches and ``poll`` are those of ``run_ahead``.
         """
-        denoiser = jax.device_put(self._model.denoiser(params), self._whole)
-        key, stopped = jax.random.key(seed), None
-        running: deque[tuple[int, Any]] = deque()
-        for start in starts:
-            try:
-                poll()
-            except Stopped as signal:
-                stopped = signal
-                break
+        model, key = self._model, jax.random.key(seed)
+        denoiser = jax.device_put(model.denoiser(params, model.guidance_scale), self._whole)
+
+        def launch(start: int) -> Snapshots:
             index = np.arange(start, start + self.batch_size, dtype=np.int32)
             labels = self.labels(index, label)
             conditioning = {} if labels is None else {"label": labels}
-            running.append((start, self._run(denoiser, key, index, conditioning)))
-            if len(running) == 2:
-                yield jax.device_get(running.popleft())
-        while running:
-            yield jax.device_get(running.popleft())
-        if stopped:
-            raise stopped
+            return self._run(denoiser, key, index, conditioning)
+
+        return run_ahead(launch, starts, poll)
 
     def __call__(
         self,

@@ -24,6 +24,9 @@ class Stream(enum.IntEnum):
     SAMPLE_PRIOR = 6
     SAMPLE_STEPS = 7
     HELD_OUT = 8
+    BOUND = 9
+    CODING = 10
+    CALIBRATION = 11
 
 
 def stream_key(seed: Any, stream: Stream) -> Any:

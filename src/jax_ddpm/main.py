@@ -1,8 +1,11 @@
-"""Trains, samples and checks from the command line.
+"""Trains, samples and measures from the command line.
 
 python -m jax_ddpm.main --config=configs/digits.py
 python -m jax_ddpm.main --mode=check --config=configs/cifar10.py
 python -m jax_ddpm.main --mode=sample --workdir=runs/digits --num_samples=100 --out=more.png
+python -m jax_ddpm.main --mode=eval --workdir=runs/digits --metrics=bpd
+python -m jax_ddpm.main --mode=fid_stats --config=configs/cifar10.py --out=cifar10.npz
+python -m jax_ddpm.main --mode=compare a.json b.json
 
 Exit codes: 0 done; 1 a mistake, explained in one line; 75 stopped by SIGTERM or Ctrl-C with
 everything saved: the same command goes on.
@@ -11,62 +14,40 @@ everything saved: the same command goes on.
 import pathlib
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from jax_ddpm import options
 from jax_ddpm.command_line import parse_flags
 from jax_ddpm.errors import UserError
 from jax_ddpm.stopping import EXIT_CODE, Poll, Stopped, StopRequest
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment file; set single fields with --config.section.field=value."
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; for training runs/<config name> by default."
-)
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "check"], "What to do.")
-_ACCEPT_CHANGES = flags.DEFINE_bool(
-    "accept_changes", False, "Go on with a run although its config or data has changed in meaning."
-)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "Images to sample.", lower_bound=1)
-_SAMPLE_BATCH = flags.DEFINE_integer(
-    "sample_batch", None, "Images at a time; by default as in the run's config.", lower_bound=1
-)
-_CLASS = flags.DEFINE_integer("class", None, "Class to sample; all in turn by default.")
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**32 - 1
-)
-_EMA = flags.DEFINE_bool("ema", None, "Sample from the averaged parameters (the default).")
-_RAW = flags.DEFINE_bool("raw", None, "Sample from the raw parameters.")
-_CHECKPOINT_STEP = flags.DEFINE_integer(
-    "checkpoint_step", None, "Sample from the checkpoint of this step; the newest by default."
-)
-_PROGRESSIVE = flags.DEFINE_integer(
-    "progressive", 1, "Show each image at this many moments of its making.", lower_bound=1
-)
-_OUT = flags.DEFINE_string(
-    "out", None, "A .png for a grid, an .npz, or a folder of images; <workdir>/samples.png."
-)
+if TYPE_CHECKING:
+    from jax_ddpm.data.source import Source
+    from jax_ddpm.trained import Trained
 
 
 def _train_workdir() -> pathlib.Path:
-    if _CONFIG.value is None:
+    if options.CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/digits.py")
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    return pathlib.Path(_WORKDIR.value or f"runs/{name}")
+    return pathlib.Path(options.WORKDIR.value or f"runs/{name}")
 
 
 def run_train(poll: Poll) -> pathlib.Path:
-    """Trains what ``--config`` says and returns the last picture."""
+    """Trains what ``--config`` says; returns the last picture, or a classifier's checkpoint."""
     workdir = _train_workdir()
     import jax
 
     from jax_ddpm.config import validate
     from jax_ddpm.training.loop import train
 
-    validate(_CONFIG.value, jax.device_count())
-    return train(_CONFIG.value, workdir, accept_changes=_ACCEPT_CHANGES.value, poll=poll)
+    validate(options.CONFIG.value, jax.device_count())
+    return train(
+        options.CONFIG.value, workdir, accept_changes=options.ACCEPT_CHANGES.value, poll=poll
+    )
 
 
 def run_check(poll: Poll) -> str:
@@ -74,51 +55,156 @@ def run_check(poll: Poll) -> str:
     workdir = _train_workdir()
     from jax_ddpm.preflight import Preflight
 
-    Preflight(_CONFIG.value, workdir).run(poll)
+    Preflight(options.CONFIG.value, workdir).run(poll)
     return "ready to train"
 
 
 def run_sample(poll: Poll) -> pathlib.Path:
     """Samples from the run in ``--workdir`` and returns what was written."""
-    if _WORKDIR.value is None:
+    if options.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
-    if _EMA.value and _RAW.value:
-        raise UserError("--ema and --raw: give one of them")
     from jax_ddpm.sampling import write_samples
-    from jax_ddpm.trained import load
 
-    workdir = pathlib.Path(_WORKDIR.value)
-    out = pathlib.Path(_OUT.value or workdir / "samples.png")
-    raw = bool(_RAW.value) or _EMA.value is False
-    trained = load(workdir, _CHECKPOINT_STEP.value, raw)
+    workdir = pathlib.Path(options.WORKDIR.value)
+    out = pathlib.Path(options.OUT.value or workdir / "samples.png")
+    trained, num_samples = _load(), options.NUM_SAMPLES.value or 100
     write_samples(
         trained,
         out,
-        _NUM_SAMPLES.value,
-        seed=_SEED.value,
-        label=_CLASS.value,
-        batch_size=_SAMPLE_BATCH.value,
-        moments=_PROGRESSIVE.value,
+        num_samples,
+        seed=options.SEED.value,
+        label=options.CLASS.value,
+        batch_size=options.SAMPLE_BATCH.value,
+        moments=options.PROGRESSIVE.value,
         poll=poll,
     )
-    kind = "raw" if raw else "averaged"
+    kind = "averaged" if trained.item == "ema" else "raw"
     print(
-        f"{_NUM_SAMPLES.value} images from the {kind} parameters of step {trained.step:,}",
-        file=sys.stderr,
+        f"{num_samples} images from the {kind} parameters of step {trained.step:,}", file=sys.stderr
     )
     return out
+
+
+def _load() -> "Trained":
+    """The run in ``--workdir``, to be sampled as the flags say."""
+    from jax_ddpm.trained import load
+
+    if options.EMA.value and options.RAW.value:
+        raise UserError("--ema and --raw: give one of them")
+    raw = bool(options.RAW.value) or options.EMA.value is False
+    fields = {"num_steps": options.NUM_STEPS.value, "guidance_scale": options.GUIDANCE_SCALE.value}
+    given = {name: value for name, value in fields.items() if value is not None}
+    assert options.WORKDIR.value is not None
+    return load(options.WORKDIR.value, options.CHECKPOINT_STEP.value, raw, **given)
+
+
+def run_eval(poll: Poll) -> str:
+    """Measures the run in ``--workdir``, or ``--samples``, and returns the results as a table."""
+    from jax_ddpm.evaluation.evaluate import evaluate
+    from jax_ddpm.evaluation.quality import Evaluation
+
+    if options.WORKDIR.value is None and options.SAMPLES.value is None:
+        raise UserError("--workdir is missing; for example --mode=eval --workdir=runs/digits")
+    trained = _load() if options.WORKDIR.value else None
+    folder = pathlib.Path(options.WORKDIR.value or ".") / "evaluation"
+    what = Evaluation(
+        cache=pathlib.Path(options.CACHE.value or folder / "cache"),
+        trained=trained,
+        source=_source(),
+        samples=pathlib.Path(options.SAMPLES.value) if options.SAMPLES.value else None,
+        num_samples=options.NUM_SAMPLES.value,
+        seeds=tuple(range(options.SEED.value, options.SEED.value + options.NUM_SEEDS.value)),
+        extractor=options.EXTRACTOR.value,
+        reference=options.REFERENCE.value,
+        split=options.SPLIT.value,
+        num_examples=options.NUM_EXAMPLES.value,
+        calibrate=options.CALIBRATE.value,
+        batch_size=_batch_size(trained),
+    )
+    out = pathlib.Path(options.OUT.value) if options.OUT.value else None
+    path, results = evaluate(what, options.METRICS.value, folder, out, poll)
+    return f"{results}\n{path}"
+
+
+def run_fid_stats(poll: Poll) -> pathlib.Path:
+    """Moments of the features of real images, for ``--reference``, into ``--out``."""
+    from jax_ddpm.evaluation.extractors import make_extractor
+    from jax_ddpm.evaluation.features import extract
+    from jax_ddpm.evaluation.image_sets import file_set, split_set
+    from jax_ddpm.evaluation.reference import reference_of, save_moments
+
+    if options.OUT.value is None or not options.OUT.value.endswith(".npz"):
+        raise UserError("--out is missing; give the name of an .npz, such as --out=cifar10.npz")
+    if options.SAMPLES.value:
+        images = file_set(pathlib.Path(options.SAMPLES.value))
+    else:
+        source = _source()
+        if source is None:
+            raise UserError("--config is missing: of the data, or give its images by --samples")
+        images = split_set(source, options.SPLIT.value)
+    out = pathlib.Path(options.OUT.value)
+    cache = pathlib.Path(options.CACHE.value or out.with_name(out.name + ".cache"))
+    extractor = make_extractor(options.EXTRACTOR.value, images.shape())
+    features = extract(extractor, images, images.count, _batch_size(None), cache, poll)
+    save_moments(out, reference_of(features), extractor)
+    return out
+
+
+def _source() -> "Source | None":
+    """The data of the run in ``--workdir``, or of ``--config``."""
+    from jax_ddpm.config import validate
+    from jax_ddpm.factory import make_source
+    from jax_ddpm.training.identity import load_identity
+
+    config, spec = options.CONFIG.value, None
+    if options.WORKDIR.value:
+        config, spec = load_identity(pathlib.Path(options.WORKDIR.value))
+    if config is None:
+        return None
+    if options.DATA_PATH.value:
+        config.data.path = options.DATA_PATH.value
+    validate(config, num_devices=1)
+    source = make_source(config)
+    if spec not in (None, source.spec):
+        raise UserError(
+            f"the run was trained on {spec.identity}, but its data is {source.spec.identity} now; "
+            "give the place of the former by --data_path"
+        )
+    return source
+
+
+def _batch_size(trained: "Trained | None") -> int:
+    return options.SAMPLE_BATCH.value or (trained.config.sampling.batch_size if trained else 64)
+
+
+def run_compare(paths: list[str]) -> str:
+    """Two records side by side."""
+    from jax_ddpm.evaluation.record import compare
+
+    if len(paths) != 2:
+        raise UserError("--mode=compare takes two records: --mode=compare a.json b.json")
+    return compare(*map(pathlib.Path, paths))
 
 
 def main(argv: list[str]) -> None:
     """Runs one mode; a mistake of the user's is one line and exit code 1."""
     logging.set_verbosity(logging.FATAL)  # Orbax logs with tracebacks what it then raises
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    modes = {"train": run_train, "sample": run_sample, "check": run_check}
+    modes = {
+        "train": run_train,
+        "check": run_check,
+        "sample": run_sample,
+        "eval": run_eval,
+        "fid_stats": run_fid_stats,
+    }
     try:
+        if options.MODE.value == "compare":
+            print(run_compare(argv[1:]))
+            return
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         with StopRequest() as stop:
-            result = modes[_MODE.value](stop.poll)
+            result = modes[options.MODE.value](stop.poll)
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

@@ -42,7 +42,7 @@ def write_samples(
         raise UserError(f"--out={out} is a folder; give the name of a file")
     if out.suffix not in (".png", ".npz") and (out.is_file() or out.suffix[1:].isalpha()):
         raise UserError(f"--out={out}: give a .png, an .npz, or a folder")
-    num_steps = trained.model.chain.num_timesteps
+    num_steps = trained.record["num_steps"]
     if moments > 1 and (moments > num_steps or out.suffix != ".png"):
         raise UserError(f"--progressive={moments}: needs a .png and at most {num_steps} moments")
     size = min(batch_size or trained.config.sampling.batch_size, num_samples)

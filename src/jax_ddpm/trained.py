@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images
+from jax_ddpm.config import validate_sampling
 from jax_ddpm.data.source import Spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
@@ -34,10 +35,13 @@ class Trained:
         self.record = {
             "parameters": item,
             "checkpoint_step": step,
-            "sha256": _digest(params),
+            "sha256": digest(params),
             "process": config.process.to_dict(),
             "parameterisation": config.parameterisation.to_dict(),
             "clip": config.sampling.clip,
+            "sampler": "ancestral",
+            "num_steps": config.sampling.num_steps or config.process.num_timesteps,
+            "guidance_scale": config.sampling.guidance_scale,
             "dtype": config.model.dtype,
         }
         self.model = factory.Model(config, spec)
@@ -69,14 +73,23 @@ class Trained:
         return images.to_uint8(self.generator(size)(self.params, seed, num_samples, label))
 
 
-def load(workdir: str | pathlib.Path, step: int | None = None, raw: bool = False) -> Trained:
+def load(
+    workdir: str | pathlib.Path, step: int | None = None, raw: bool = False, **sampling: Any
+) -> Trained:
     """Reads a run: its averaged (or ``raw``) parameters at ``step``, the newest by default.
 
+    ``sampling`` overrides fields of that section of its config, such as ``guidance_scale=2.0``.
+
     Raises:
-      UserError: where there is no run, no such checkpoint, or it is damaged.
+      UserError: where there is no run, no such checkpoint, it is damaged, or this model cannot be
+        sampled so.
     """
     workdir = pathlib.Path(workdir)
     config, spec = load_identity(workdir)
+    if config.task != "diffusion":
+        raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
+    config.sampling.update(sampling)
+    validate_sampling(config)
     item = "params" if raw else "ema"
     known = checkpoint.steps(workdir)
     if step is None:
@@ -92,9 +105,9 @@ def load(workdir: str | pathlib.Path, step: int | None = None, raw: bool = False
     )
 
 
-def _digest(params: Any) -> str:
+def digest(params: Any) -> str:
     """Tells parameters apart, wherever their run lies."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+        sha256.update(np.ascontiguousarray(leaf).tobytes())
+    return sha256.hexdigest()

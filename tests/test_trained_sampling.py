@@ -1,0 +1,168 @@
+"""A trained model sampled in fewer steps or with guidance: asked for when it is loaded."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import jax_ddpm
+from jax_ddpm import factory
+from jax_ddpm.errors import UserError
+from jax_ddpm.sampling import write_samples
+from jax_ddpm.training.checkpoint import Checkpoints
+from jax_ddpm.training.identity import save_identity
+from jax_ddpm.training.state import TrainState
+
+quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_network():
+    """A network of a few parameters in place of the UNet."""
+
+    def make_network(module, x, *_):
+        return tiny.network(x.shape[-1], module.num_classes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, "make_network", make_network)
+        yield
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """``make(section__field=value)`` is the folder of a run on the digits."""
+
+    def make(**fields):
+        config = tiny.config(**({"model__class_conditional": True} | fields))
+        workdir = tmp_path_factory.mktemp("trained")
+        spec = factory.make_source(config).spec
+        params = factory.Model(config, spec).network.init(jax.random.key(0))
+        state = TrainState(
+            np.int32(2), {"network": params}, {"network": params}, ({"mu": params},), ()
+        )
+        save_identity(workdir, config, spec)
+        with Checkpoints(workdir, keep_last=1, keep_every=0) as checkpoints:
+            checkpoints.save(jax.device_put(state), config, {})
+        return workdir
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def workdir(make):
+    return make()
+
+
+@pytest.fixture(scope="module")
+def plain(workdir):
+    return jax_ddpm.load(workdir).sample(6)
+
+
+def sampler(run):
+    return run.record["num_steps"], run.record["guidance_scale"]
+
+
+class TestLoad:
+    def test_samples_as_the_run_says_by_default(self, make):
+        workdir = make(sampling__num_steps=3, sampling__guidance_scale=2.0)
+        run = jax_ddpm.load(workdir)
+        assert sampler(run) == (3, 2)
+        assert len(run.model.sampler().nodes.time) == 3
+        assert run.model.guidance_scale == 2
+
+    def test_overrides_what_the_run_says(self, make, plain):
+        """Each field alone, and both, back to what a plain run draws."""
+        workdir = make(sampling__num_steps=3, sampling__guidance_scale=2.0)
+        both = jax_ddpm.load(workdir, num_steps=0, guidance_scale=1.0)
+        np.testing.assert_array_equal(both.sample(6), plain)
+        one = jax_ddpm.load(workdir, num_steps=5)
+        assert sampler(one) == (5, 2)
+
+    def test_leaves_the_run_as_it_is(self, workdir):
+        before = (workdir / "config.json").read_text()
+        jax_ddpm.load(workdir, num_steps=3, guidance_scale=2.0)
+        assert (workdir / "config.json").read_text() == before
+        assert sampler(jax_ddpm.load(workdir)) == sampler(jax_ddpm.load(workdir, num_steps=8))
+
+    def test_takes_whole_numbers_for_the_scale(self, workdir):
+        run = jax_ddpm.load(workdir, guidance_scale=2)
+        np.testing.assert_array_equal(
+            run.sample(3), jax_ddpm.load(workdir, guidance_scale=2.0).sample(3)
+        )
+
+    @pytest.mark.parametrize("field", ["num_step", "guidance", "sampler"])
+    def test_does_not_pass_over_a_mistyped_field(self, workdir, field):
+        with pytest.raises((AttributeError, KeyError, TypeError), match=field):
+            jax_ddpm.load(workdir, **{field: 2})
+
+    @pytest.mark.parametrize("fields", [{"num_steps": 9}, {"num_steps": -1}], ids=str)
+    def test_refuses_steps_that_the_chain_has_not(self, workdir, fields):
+        with pytest.raises(UserError, match=r"num_steps is -?\d; .*num_timesteps = 8"):
+            jax_ddpm.load(workdir, **fields)
+
+    def test_refuses_guidance_of_a_model_without_classes(self, make):
+        workdir = make(model__class_conditional=False)
+        jax_ddpm.load(workdir, guidance_scale=1.0)
+        for scale in (0.0, 2.0):
+            with pytest.raises(UserError, match=f"guidance_scale is {scale}; it must be 1"):
+                jax_ddpm.load(workdir, guidance_scale=scale)
+
+
+class TestSamples:
+    def test_in_fewer_steps_are_others(self, workdir, plain):
+        fewer = jax_ddpm.load(workdir, num_steps=3).sample(6)
+        assert np.all(np.any(fewer != plain, axis=(1, 2, 3)))
+        np.testing.assert_array_equal(jax_ddpm.load(workdir, num_steps=8).sample(6), plain)
+
+    def test_at_scale_1_are_those_of_the_conditional_model(self, workdir, plain):
+        run = jax_ddpm.load(workdir, guidance_scale=1.0)
+        np.testing.assert_array_equal(run.sample(6), plain)
+
+    def test_at_scale_0_do_not_depend_on_the_label(self, workdir, plain):
+        run = jax_ddpm.load(workdir, guidance_scale=0.0)
+        np.testing.assert_array_equal(run.sample(4, label=3), run.sample(4, label=7))
+        assert np.any(run.sample(6) != plain)
+
+    def test_at_other_scales_go_beyond_the_class(self, workdir, plain):
+        guided = [jax_ddpm.load(workdir, guidance_scale=s).sample(6) for s in (0.5, 2.0, 4.0)]
+        assert len({image.tobytes() for image in (plain, *guided)}) == 4
+
+    def test_guided_do_not_depend_on_the_batch(self, workdir):
+        run = jax_ddpm.load(workdir, guidance_scale=2.0)
+        whole, parts = run.sample(6), run.sample(6, batch_size=4)
+        np.testing.assert_allclose(whole.astype(int), parts, atol=1)
+
+
+class TestRecord:
+    FIELDS = ({}, {"num_steps": 3}, {"guidance_scale": 2.0}, {"guidance_scale": 0.0})
+
+    def test_tells_samplers_apart_and_nothing_else(self, workdir):
+        records = [jax_ddpm.load(workdir, **fields).record for fields in self.FIELDS]
+        assert len({str(record) for record in records}) == 4
+        rest = [record | {"num_steps": 0, "guidance_scale": 0} for record in records]
+        assert all(record == rest[0] for record in rest)
+
+    @pytest.mark.parametrize("fields", FIELDS[1:], ids=str)
+    @pytest.mark.parametrize("name", ["folder", "file.npz"])
+    def test_so_that_one_folder_holds_one_kind(self, workdir, tmp_path, fields, name):
+        """Refused, naming what differs, with the samples left as they were."""
+        write_samples(jax_ddpm.load(workdir), tmp_path / name, 4)
+        files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        other = jax_ddpm.load(workdir, **fields)
+        (field,) = fields
+        with pytest.raises(UserError, match=f"holds samples with {field} ") as caught:
+            write_samples(other, tmp_path / name, 9)
+        assert "\n" not in str(caught.value)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+
+    def test_and_the_same_sampler_goes_on_however_it_is_asked_for(self, workdir, tmp_path):
+        write_samples(jax_ddpm.load(workdir), tmp_path / "folder", 4)
+        same = jax_ddpm.load(workdir, num_steps=8, guidance_scale=1)
+        write_samples(same, tmp_path / "folder", 6)
+        assert len(list((tmp_path / "folder").iterdir())) == 6
+
+    def test_moments_are_at_most_the_steps_taken(self, workdir, tmp_path):
+        run = jax_ddpm.load(workdir, num_steps=3)
+        write_samples(run, tmp_path / "three.png", 2, moments=3)
+        with pytest.raises(UserError, match=r"--progressive=4: .* at most 3 moments"):
+            write_samples(run, tmp_path / "four.png", 2, moments=4)

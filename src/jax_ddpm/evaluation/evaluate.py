@@ -1,0 +1,128 @@
+"""``--mode=eval``: measures a model, or images in files, and records how."""
+
+import hashlib
+import json
+import pathlib
+import time
+from functools import partial
+from typing import Any
+
+from jax_ddpm.errors import UserError
+from jax_ddpm.evaluation import record
+from jax_ddpm.evaluation.bound import measure_bound, write_curve
+from jax_ddpm.evaluation.coding import draw_coding
+from jax_ddpm.evaluation.image_sets import file_set
+from jax_ddpm.evaluation.metrics import METRICS
+from jax_ddpm.evaluation.quality import Drawing, Evaluation, measure_quality
+from jax_ddpm.stopping import Poll, never
+
+
+def evaluate(
+    what: Evaluation,
+    metrics: list[str],
+    folder: pathlib.Path,
+    out: pathlib.Path | None = None,
+    poll: Poll = never,
+) -> tuple[pathlib.Path, str]:
+    """Measures, and writes one record: ``out``, or a file in ``folder`` named after what it is.
+
+    Curves and pictures lie beside it. Returns its path and a table of the results. What was
+    computed stays in the cache, so that an evaluation that is killed goes on where it was.
+
+    Raises:
+      UserError: where this cannot be measured so.
+    """
+    start = time.perf_counter()
+    _check(what, metrics)
+    measured: dict[str, Any] = {}
+    calibration: dict[str, Any] = {}
+    drawings: list[Drawing] = []
+    if "bpd" in metrics:
+        measured["bpd"], drawing = _bound(what, poll)
+        drawings.append(drawing)
+    if "coding" in metrics:
+        assert what.trained is not None
+        assert what.source is not None
+        drawings.append(partial(draw_coding, what.trained, what.source, what.split))
+    if of_samples := [name for name in metrics if name in METRICS]:
+        found, calibration, pictures = measure_quality(what, of_samples, poll)
+        measured |= found
+        drawings += pictures
+
+    subject = _subject(what)
+    if out is None:
+        protocols = {name: found["protocol"] for name, found in measured.items()}
+        out = folder / f"{'-'.join(metrics)}_{_digest([subject, protocols])[:8]}.json"
+    for draw in drawings:
+        draw(out.with_suffix(""))
+    result = {
+        "subject": subject,
+        "measured": measured,
+        "calibration": calibration,
+        "provenance": record.provenance(time.perf_counter() - start),
+    }
+    record.save_record(out, result)
+    return out, record.show(result)
+
+
+def _check(what: Evaluation, metrics: list[str]) -> None:
+    """Raises UserError for what is asked in vain, before anything is computed."""
+    known = ("bpd", "coding", *METRICS)
+    for name in metrics:
+        if name not in known:
+            raise UserError(f"--metrics={name}: choose among {', '.join(known)}")
+    if not metrics:
+        raise UserError(f"--metrics is missing; choose among {', '.join(known)}")
+    for name in {"bpd", "coding"} & set(metrics):
+        if what.trained is None:
+            raise UserError(f"--metrics={name} measures a model: give --workdir, not --samples")
+    if set(METRICS) & set(metrics) and what.samples is None and what.num_samples is None:
+        raise UserError(
+            "--num_samples is missing; 50,000 are the custom, --metrics=kid takes fewer"
+        )
+    if what.source is None and (what.reference in ("train", "heldout") or what.calibrate):
+        raise UserError(
+            "--reference is missing: give a folder or .npz, or --config of the real data"
+        )
+
+
+def _bound(what: Evaluation, poll: Poll) -> tuple[dict[str, Any], Drawing]:
+    trained, source = what.trained, what.source
+    assert trained is not None
+    assert source is not None
+    size = source.spec.split_sizes[what.split]
+    count = min(what.num_examples or size, size)
+    bound = measure_bound(trained, source, what.split, count, what.batch_size, what.cache, poll)
+    protocol = {
+        "data": source.spec.identity,
+        "split": what.split,
+        "num_examples": bound.count,
+        "num_levels": source.spec.num_levels,
+        "given": "label" if trained.model.num_classes else None,
+        "draws_per_term": 1,
+    }
+    result = bound.total._asdict() | {
+        "unit": "bits/dim",
+        "prior": bound.prior._asdict(),
+        "rate": bound.rate._asdict(),
+        "distortion": bound.distortion._asdict(),
+        "rmse": float(bound.rmse[0]),
+    }
+    return {"protocol": protocol, "result": result}, partial(write_curve, bound)
+
+
+def _subject(what: Evaluation) -> dict[str, Any]:
+    """What was measured."""
+    if what.trained is None or what.samples is not None:
+        assert what.samples is not None
+        return {"images": what.samples.name} | file_set(what.samples).identity
+    config = what.trained.config.to_dict()
+    return what.trained.record | {
+        "seeds": list(what.seeds),
+        "config": config,
+        "config_sha256": _digest(config),
+    }
+
+
+def _digest(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""Features of images, streamed over all devices and kept."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float32
+
+from jax_ddpm.data.plan import padded_batches
+from jax_ddpm.errors import UserError
+from jax_ddpm.evaluation.frechet import Moments, MomentSums
+from jax_ddpm.evaluation.image_sets import ImageSet
+from jax_ddpm.evaluation.parts import Arrays, Parts
+from jax_ddpm.pipeline import run_ahead
+from jax_ddpm.stopping import Poll, never
+from jax_ddpm.training.step import data_mesh
+
+
+class Extractor(NamedTuple):
+    """A network that measures images.
+
+    Attributes:
+      name: the results carry it, such as "inception".
+      apply: ``(params, images uint8 [b, h, w, c]) → (features [b, d], logits [b, k])``, float32.
+      record: what decides its output, as JSON: the weights' hash, how images are resized.
+    """
+
+    name: str
+    apply: Callable
+    params: Any
+    record: dict[str, Any]
+
+
+class Features(NamedTuple):
+    """What an extractor says of n images."""
+
+    features: Float32[np.ndarray, "n d"]
+    logits: Float32[np.ndarray, "n k"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """The first ``count`` images of a set with their features, read from the cache in batches."""
+
+    images: ImageSet
+    count: int
+    batches: Callable[[], Iterator[Features]]
+
+    def moments(self) -> Moments:
+        """Mean and covariance, of which memory holds one batch at a time."""
+        sums: MomentSums | None = None
+        for batch in self.batches():
+            sums = sums or MomentSums(batch.features.shape[1])
+            sums.add(batch.features)
+        assert sums is not None
+        return sums.moments()
+
+    def everything(self) -> Features:
+        """All at once."""
+        return Features(*map(np.concatenate, zip(*self.batches(), strict=True)))
+
+    def pixels(self) -> Float32[np.ndarray, "n d"]:
+        """The images themselves as vectors, in levels of 0…255."""
+        return self.images.read(np.arange(self.count)).reshape(self.count, -1).astype(np.float32)
+
+
+def extract(
+    extractor: Extractor,
+    images: ImageSet,
+    count: int,
+    batch_size: int,
+    cache: pathlib.Path,
+    poll: Poll = never,
+) -> FeatureSet:
+    """The features of the first ``count`` images, at full matmul precision.
+
+    Each image passes exactly once, over all devices; what the cache holds is not computed again.
+
+    Raises:
+      UserError: where there are fewer images.
+    """
+    if images.count < count:
+        raise UserError(f"{count:,} images are wanted, but there are {images.count:,}")
+    mesh = data_mesh()
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batches = padded_batches(images.count, batch_size)[: -(-count // batch_size)]
+    whole = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    apply = jax.jit(extractor.apply, in_shardings=(whole, split), out_shardings=split)
+    params = jax.device_put(extractor.params, whole)
+
+    def launch(part: int) -> tuple[Any, Any]:
+        # On GPUs and TPUs float32 products are rounded to 10 or 7 bits unless asked otherwise.
+        with jax.default_matmul_precision("highest"):
+            return apply(params, images.read(batches[part][0]))
+
+    def compute(wanted: Iterable[int]) -> Iterator[tuple[int, Arrays]]:
+        for part, (features, logits) in run_ahead(launch, wanted, poll):
+            inside = batches[part][1]
+            yield part, {"features": features[inside], "logits": logits[inside]}
+
+    identity = {
+        "computes": "features",
+        "extractor": extractor.record,
+        "images": images.identity,
+        "batch_size": batch_size,
+    }
+    parts = Parts(cache, identity)
+    parts.complete(len(batches), compute, f"{extractor.name} features")
+
+    def stored() -> Iterator[Features]:
+        for part in range(len(batches)):
+            left = count - part * batch_size
+            arrays = parts.load(part)
+            yield Features(arrays["features"][:left], arrays["logits"][:left])
+
+    return FeatureSet(images, count, stored)

@@ -1,0 +1,167 @@
+"""Sets of images to measure: samples, splits of data, files, and any of them with noise added.
+
+All are uint8 in 0…255, whatever the levels of their data, through the one rounding function.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jax_ddpm.data.decode import UnreadableError, decode
+from jax_ddpm.data.plan import batch_indices
+from jax_ddpm.data.source import Source
+from jax_ddpm.errors import UserError
+from jax_ddpm.evaluation.parts import Arrays, Parts
+from jax_ddpm.images import from_levels, to_uint8
+from jax_ddpm.stopping import Poll, never
+from jax_ddpm.trained import Trained
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images by number.
+
+    Attributes:
+      identity: all that decides the pixels, as JSON.
+      count: how many there are.
+      read: numbers below ``count`` → uint8 ``[n, h, w, c]``.
+      labels: the class that was asked for of each image; None where none was.
+    """
+
+    identity: dict[str, Any]
+    count: int
+    read: Callable[[Int[np.ndarray, " n"]], UInt8[np.ndarray, "n h w c"]]
+    labels: Int[np.ndarray, " count"] | None = None
+
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        _, height, width, channels = self.read(np.arange(1)).shape
+        return height, width, channels
+
+
+def sample_set(
+    trained: Trained,
+    seed: int,
+    num_samples: int,
+    batch_size: int,
+    cache: pathlib.Path,
+    poll: Poll = never,
+) -> ImageSet:
+    """Samples of a model, the classes of a conditional one in turn, drawn now or kept from before.
+
+    Batches are drawn whole, so there may be more samples than asked for.
+    """
+    generator = trained.generator(batch_size)
+    size = generator.batch_size
+    num_parts = -(-num_samples // size)
+
+    def compute(wanted: Iterable[int]) -> Iterator[tuple[int, Arrays]]:
+        starts = (part * size for part in wanted)
+        for start, batch in generator.draw(trained.params, seed, starts, poll=poll):
+            yield start // size, {"images": to_uint8(np.asarray(batch.x[-1]))}
+
+    identity = {"computes": "samples", "model": trained.record, "seed": seed, "batch_size": size}
+    parts = Parts(cache, identity)
+    parts.complete(num_parts, compute, f"samples of seed {seed}")
+    load = lru_cache(maxsize=2)(lambda part: parts.load(part)["images"])
+
+    def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
+        return np.stack(
+            [load(part)[place] for part, place in zip(*divmod(index, size), strict=True)]
+        )
+
+    everything = np.arange(num_parts * size, dtype=np.int32)
+    return ImageSet(identity, everything.size, read, generator.labels(everything))
+
+
+def split_set(source: Source, split: str) -> ImageSet:
+    """A split of a data set, in an order that is random but always the same."""
+    size, num_levels = source.spec.split_sizes[split], source.spec.num_levels
+    order = batch_indices(0, 0, size, size)
+
+    def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
+        levels = jnp.asarray(source.batch(split, order[index])["image"])
+        return to_uint8(np.asarray(from_levels(levels, num_levels)))
+
+    return ImageSet({"data": source.spec.identity, "split": split}, size, read)
+
+
+def file_set(path: pathlib.Path) -> ImageSet:
+    """The images of a folder of files, in the order of their names, or of an ``.npz``.
+
+    An ``.npz`` holds uint8 ``images`` (or a single array of any name) and perhaps ``labels``.
+
+    Raises:
+      UserError: naming a file that is missing, cannot be read, or is of another size.
+    """
+    if path.is_dir():
+        return _folder_set(path)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except Exception as error:  # whatever damaged bytes lead zipfile to
+        raise UserError(f"{path}: not a folder of images nor a readable .npz") from error
+    images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise UserError(f"{path}: it must hold 'images', uint8 [n, height, width, channels]")
+    identity = {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return ImageSet(identity, len(images), images.__getitem__, arrays.get("labels"))
+
+
+def _folder_set(path: pathlib.Path) -> ImageSet:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png")
+    if not files:
+        raise UserError(f"{path}: no .png files there")
+
+    def load(file: pathlib.Path, channels: int) -> UInt8[np.ndarray, "h w c"]:
+        try:
+            return decode(file.read_bytes(), 0, channels)
+        except (UnreadableError, OSError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); replace or remove it") from error
+
+    gray = _is_gray(files[0])
+    shape = load(files[0], 1 if gray else 3).shape
+
+    def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
+        images = []
+        for file in (files[i] for i in index):
+            images.append(load(file, shape[-1]))
+            if images[-1].shape != shape:
+                raise UserError(
+                    f"{file}: {images[-1].shape[1]}×{images[-1].shape[0]} pixels, but "
+                    f"{files[0].name} has {shape[1]}×{shape[0]}; give images of one size"
+                )
+        return np.stack(images)
+
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return ImageSet({"files_sha256": digest.hexdigest()}, len(files), read)
+
+
+def _is_gray(file: pathlib.Path) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.mode in ("1", "L", "I;16")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read; replace or remove it") from error
+
+
+def noised(images: ImageSet, std: float) -> ImageSet:
+    """With Gaussian noise of this standard deviation, in levels of 0…255, keyed by the number."""
+
+    def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
+        clean = images.read(index)
+        noise = np.stack([np.random.default_rng(i).standard_normal(clean.shape[1:]) for i in index])
+        return to_uint8((clean + std * noise) / 127.5 - 1)
+
+    return dataclasses.replace(images, identity=images.identity | {"noise": std}, read=read)

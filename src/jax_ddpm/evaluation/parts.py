@@ -1,0 +1,61 @@
+"""Long computations in parts that are kept, so that a killed evaluation goes on where it was."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jax_ddpm.errors import UserError
+from jax_ddpm.files import replacing
+
+Arrays = dict[str, np.ndarray]
+# The numbers of the parts wanted → each with its arrays, in this order.
+Compute = Callable[[Iterable[int]], Iterator[tuple[int, Arrays]]]
+
+
+class Parts:
+    """Parts 0, 1, … of what ``identity`` names, each a file below ``cache``, whole or not there.
+
+    ``identity`` is JSON and must say all that decides the arrays: its hash is the folder's name, so
+    anything else lies in another folder, and a cache can be shared between runs.
+    """
+
+    def __init__(self, cache: pathlib.Path, identity: dict[str, Any]):
+        text = json.dumps(identity, indent=2, sort_keys=True)
+        self._folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._identity = text
+
+    def complete(self, count: int, compute: Compute, name: str) -> None:
+        """Computes those of the parts 0, …, count-1 that are missing, with a bar of this name."""
+        from tqdm import tqdm
+
+        missing = [part for part in range(count) if not self._path(part).exists()]
+        if not missing:
+            return
+        with replacing(self._folder / "identity.json") as path:
+            path.write_text(self._identity + "\n")
+        bar = tqdm(total=count, initial=count - len(missing), desc=name, unit="batch", disable=None)
+        with bar:
+            for part, arrays in compute(missing):
+                with replacing(self._path(part)) as path, path.open("wb") as file:
+                    np.savez(file, **arrays)  # type: ignore[arg-type]
+                bar.update()
+
+    def load(self, part: int) -> Arrays:
+        """The arrays of one part.
+
+        Raises:
+          UserError: naming the file, where it is damaged.
+        """
+        path = self._path(part)
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+        except Exception as error:  # whatever damaged bytes lead zipfile to
+            raise UserError(f"{path}: cannot be read; remove it and repeat") from error
+
+    def _path(self, part: int) -> pathlib.Path:
+        return self._folder / f"{part:06}.npz"

@@ -1,0 +1,179 @@
+"""Measures sets of samples against real images, all in one way."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jax_ddpm import images as pictures
+from jax_ddpm.data.source import Source
+from jax_ddpm.errors import UserError
+from jax_ddpm.evaluation.distances import nearest
+from jax_ddpm.evaluation.extractors import make_extractor
+from jax_ddpm.evaluation.features import FeatureSet, extract
+from jax_ddpm.evaluation.image_sets import ImageSet, file_set, noised, sample_set, split_set
+from jax_ddpm.evaluation.metrics import METRICS, Protocol, Result, check_possible, combine
+from jax_ddpm.evaluation.reference import holds_moments, load_moments, reference_of
+from jax_ddpm.stopping import Poll, never
+from jax_ddpm.trained import Trained
+
+_ROWS, _COLUMNS = 2, 10  # of pairs in the picture of nearest images, at most
+NOISE_LEVELS = (8, 32)  # of the calibration, standard deviations on 0…255
+# Writes a picture or curve beside the record, given the path that its name begins with.
+Drawing = Callable[[pathlib.Path], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What to measure.
+
+    Attributes:
+      cache: folder of what was computed before: samples, features, terms of the bound.
+      trained: the model; None to measure images in files.
+      source: real data; None where ``reference`` is in files too.
+      samples: a folder or ``.npz`` of images to measure in place of samples of the model.
+      num_samples: images of each seed; None for all of the files'.
+      seeds: of the samples.
+      extractor: see ``make_extractor``.
+      reference: "train" or "heldout", a folder or ``.npz`` of images, or an ``.npz`` of moments.
+      split: of the bound.
+      num_examples: of the split, None for all.
+      calibrate: measure real images too, as they are and with noise.
+      batch_size: of sampling, features and the bound.
+    """
+
+    cache: pathlib.Path
+    trained: Trained | None
+    source: Source | None
+    samples: pathlib.Path | None = None
+    num_samples: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    extractor: str | None = None
+    reference: str = "train"
+    split: str = "heldout"
+    num_examples: int | None = None
+    calibrate: bool = False
+    batch_size: int = 64
+
+    def model(self) -> Trained:
+        """The model, where there is one."""
+        assert self.trained is not None
+        return self.trained
+
+
+def measure_quality(
+    what: Evaluation, metrics: list[str], poll: Poll = never
+) -> tuple[dict[str, Any], dict[str, Any], list[Drawing]]:
+    """Results of the samples by name, each with its protocol; those of real images; pictures.
+
+    Raises:
+      UserError: where these images cannot be measured so.
+    """
+    files = file_set(what.samples) if what.samples is not None else None
+    shape = files.shape() if files else what.model().spec.image_shape
+    extractor = make_extractor(what.extractor, shape)
+
+    def features(images: ImageSet, count: int) -> FeatureSet:
+        if images.shape() != shape:
+            raise UserError(
+                f"samples are {_told(shape)}, real images {_told(images.shape())}: bring both to "
+                "one size"
+            )
+        return extract(extractor, images, count, what.batch_size, what.cache, poll)
+
+    def all_features(images: ImageSet) -> FeatureSet:
+        return features(images, images.count)
+
+    reference = heldout = None
+    if any(METRICS[name].needs_reference for name in metrics):
+        if holds_moments(pathlib.Path(what.reference)):
+            reference = load_moments(pathlib.Path(what.reference), extractor)
+        else:
+            reference = reference_of(all_features(_real_set(what, what.reference)))
+    if "memorisation" in metrics and what.source and what.reference == "train":
+        heldout = all_features(_real_set(what, "heldout"))
+    protocol = Protocol(extractor, reference, heldout)
+    count = what.num_samples or (files.count if files else 0)
+    labelled = files.labels is not None if files else what.model().model.num_classes > 0
+    check_possible(metrics, protocol, count, labelled)
+
+    sets = [files] if files else _sample_sets(what, poll)
+    samples = [features(images, count) for images in sets]
+    results = _measure(samples, metrics, protocol)
+    conditions = {"image_shape": list(shape), "num_images": count, "extractor": extractor.record}
+    if reference is not None:
+        conditions["reference"] = reference.record
+    measured = {
+        name: {"protocol": conditions | METRICS[metric].settings, "result": result}
+        for metric, found in results.items()
+        for name, result in found.items()
+    }
+    calibration = {}
+    if what.calibrate:
+        compared = [name for name in metrics if name not in ("memorisation", "agreement")]
+        for row, images in _calibration_sets(what).items():
+            found = _measure([features(images, count)], compared, protocol)
+            calibration[row] = {n: r for by_name in found.values() for n, r in by_name.items()}
+    drawings: list[Drawing] = []
+    if "memorisation" in metrics:
+        drawings.append(partial(_draw_nearest, samples[0], protocol))
+    return measured, calibration, drawings
+
+
+def _measure(
+    seeds: list[FeatureSet], metrics: list[str], protocol: Protocol
+) -> dict[str, dict[str, Result]]:
+    """Metric → the results it gives by name, each combined over the seeds."""
+    found = {}
+    for metric in metrics:
+        per_seed = [METRICS[metric].measure(samples, protocol) for samples in seeds]
+        found[metric] = {
+            name: combine([results[name] for results in per_seed]) for name in per_seed[0]
+        }
+    return found
+
+
+def _sample_sets(what: Evaluation, poll: Poll) -> list[ImageSet]:
+    """Samples of each seed."""
+    assert what.num_samples is not None
+    return [
+        sample_set(what.model(), seed, what.num_samples, what.batch_size, what.cache, poll)
+        for seed in what.seeds
+    ]
+
+
+def _real_set(what: Evaluation, reference: str) -> ImageSet:
+    if reference not in ("train", "heldout"):
+        return file_set(pathlib.Path(reference))
+    assert what.source is not None
+    return split_set(what.source, reference)
+
+
+def _calibration_sets(what: Evaluation) -> dict[str, ImageSet]:
+    """Real images that are not the reference, as they are and with noise."""
+    split = "train" if what.reference == "heldout" else "heldout"
+    real = _real_set(what, split)
+    rows = {split: real}
+    return rows | {f"{split} + noise {std}": noised(real, std) for std in NOISE_LEVELS}
+
+
+def _draw_nearest(samples: FeatureSet, protocol: Protocol, stem: pathlib.Path) -> None:
+    """The samples that lie closest to a training image, each above that image."""
+    real = protocol.real()
+    found = nearest(samples.everything().features, real.everything().features)
+    closest = np.argsort(found.distance)
+    columns = min(_COLUMNS, samples.count)
+    rows = [
+        images.read(index[start : start + columns])
+        for start in range(0, columns * min(_ROWS, samples.count // columns), columns)
+        for images, index in ((samples.images, closest), (real.images, found.neighbour[closest]))
+    ]
+    path = stem.with_name(f"{stem.name}_nearest.png")
+    pictures.save_png(path, pictures.grid(np.concatenate(rows), columns))
+
+
+def _told(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

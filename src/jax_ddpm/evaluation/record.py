@@ -1,0 +1,148 @@
+"""Result records: what was measured, of what, how, and where; and their comparison."""
+
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from jax_ddpm.errors import UserError
+from jax_ddpm.files import replacing
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "pillow", "jax-ddpm")
+
+
+def provenance(seconds: float) -> dict[str, Any]:
+    """Where a result came from: command, code, packages, device."""
+    device = jax.devices()[0]
+    return {
+        "command": " ".join(["python -m jax_ddpm.main", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "git": _git(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "random_numbers": str(jax.random.key_impl(jax.random.key(0))),
+        "device": f"{jax.device_count()} × {device.device_kind}",
+        "processor": _processor(),
+    }
+
+
+def save_record(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Writes one result as JSON."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_record(path: pathlib.Path) -> dict[str, Any]:
+    """Reads what ``save_record`` wrote.
+
+    Raises:
+      UserError: where there is none.
+    """
+    try:
+        record = dict(json.loads(path.read_text()))
+        for measured in record["measured"].values():
+            measured["protocol"], measured["result"]["value"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a result record; give the .json of an evaluation") from error
+    return record
+
+
+def compare(first: pathlib.Path, second: pathlib.Path) -> str:
+    """The results of two records side by side, and in what their subjects differ.
+
+    Raises:
+      UserError: naming the field, where a measurement was made otherwise in one than in the other.
+    """
+    records = load_record(first), load_record(second)
+    shared = [name for name in records[0]["measured"] if name in records[1]["measured"]]
+    if not shared:
+        held = " and ".join(", ".join(record["measured"]) for record in records)
+        raise UserError(f"{first} and {second} measure different things: {held}")
+    for name in shared:
+        old, new = (dict(_fields(record["measured"][name]["protocol"])) for record in records)
+        for field in old | new:
+            if old.get(field) != new.get(field):
+                raise UserError(
+                    f"{name} was measured differently: {field} is {old.get(field)!r} in {first} "
+                    f"and {new.get(field)!r} in {second}; measure both the same way"
+                )
+    rows = [["", first.stem, second.stem]]
+    for name in shared:
+        rows.append([name, *(_shown(record["measured"][name]["result"]) for record in records)])
+    old, new = (dict(_fields(record["subject"])) for record in records)
+    for field in old | new:
+        if old.get(field) != new.get(field):
+            rows.append([field, *(str(fields.get(field, "–")) for fields in (old, new))])
+    return _table(rows)
+
+
+def show(record: dict[str, Any]) -> str:
+    """The results as a table, real images beside the samples."""
+    calibration = record["calibration"]
+    rows = [["", "result", *calibration]]
+    for name, measured in record["measured"].items():
+        others = (results.get(name) for results in calibration.values())
+        cells = [_shown(result) if result else "" for result in (measured["result"], *others)]
+        rows.append([name, *cells])
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Rows of text in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _shown(result: dict[str, Any]) -> str:
+    """A value ± what is known of its error."""
+    text = f"{result['value']:.5g}"
+    if "low" in result:
+        return f"{text} ({result['low']:.4f} to {result['high']:.4f})"
+    for name, label in (("std", "over seeds"), ("standard_error", "standard error")):
+        if name in result:
+            return f"{text} ± {result[name]:.2g} {label}"
+    return text
+
+
+def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of the code and whether it was changed since; None outside a checkout."""
+
+    here = pathlib.Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # not whatever checkout surrounds a venv
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    """The model of the CPU, where Linux tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,93 @@
+"""What samples are compared with: a set of images, or the moments of their features in a file."""
+
+import hashlib
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jax_ddpm.errors import UserError
+from jax_ddpm.evaluation.features import Extractor, FeatureSet
+from jax_ddpm.evaluation.frechet import Moments
+from jax_ddpm.files import replacing
+
+
+class Reference(NamedTuple):
+    """Real data, as an extractor sees it.
+
+    Attributes:
+      record: what it is, as JSON.
+      moments: of the features.
+      real: images and features; None where only the moments are known, from a file.
+    """
+
+    record: dict[str, Any]
+    moments: Moments
+    real: FeatureSet | None
+
+
+def reference_of(real: FeatureSet) -> Reference:
+    """The reference that these images are."""
+    return Reference(real.images.identity | {"count": real.count}, real.moments(), real)
+
+
+def holds_moments(path: pathlib.Path) -> bool:
+    """Whether this is a file of moments and not of images."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return "mu" in stored.files
+    except Exception:  # whatever damaged bytes lead zipfile to
+        return False
+
+
+def save_moments(path: pathlib.Path, reference: Reference, extractor: Extractor) -> None:
+    """Writes ``mu`` and ``sigma``, as other projects read them, with ``count`` and ``record``."""
+    record = json.dumps({"reference": reference.record, "extractor": extractor.record})
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            mu=reference.moments.mean,
+            sigma=reference.moments.covariance,
+            count=np.array(reference.moments.count),
+            record=np.array(record),
+        )
+
+
+def load_moments(path: pathlib.Path, extractor: Extractor) -> Reference:
+    """Reads what ``save_moments`` wrote, or the ``mu`` and ``sigma`` of another project.
+
+    Raises:
+      UserError: where the file has none, or they were made with another extractor.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
+        record = json.loads(str(arrays["record"])) if "record" in arrays else {}
+        count = int(arrays["count"]) if "count" in arrays else None
+    except Exception as error:  # whatever damaged bytes lead zipfile to
+        raise UserError(
+            f"--reference={path}: not statistics; it needs arrays 'mu' and 'sigma', as "
+            "--mode=fid_stats writes them"
+        ) from error
+    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+        raise UserError(
+            f"--reference={path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; "
+            "they must be [d] and [d, d]"
+        )
+    if record and record["extractor"] != extractor.record:
+        raise UserError(
+            f"--reference={path}: made with extractor {_told(record['extractor'])}, but these "
+            f"features are of {_told(extractor.record)}; use the same, or make it anew"
+        )
+    known = record.get("reference") or {
+        "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "count": count,
+    }
+    return Reference(known, Moments(mean, covariance, count), None)
+
+
+def _told(record: dict[str, Any]) -> str:
+    weights = record.get("weights_sha256") or record.get("sha256") or ""
+    return f"{record['name']} ({weights[:8]})"

@@ -58,8 +58,8 @@ def test_accuracy_is_what_training_measured(workdir, classifier):
     *_, last = (workdir / "metrics.jsonl").read_text().splitlines()
     logged = json.loads(last)["heldout_accuracy"]
     assert 0.1 < logged < 1
-    assert classifier.record["heldout_accuracy"] == pytest.approx(logged, abs=1e-6)
-    assert classifier.record["heldout_count"] == 359
+    assert classifier.accuracy["accuracy"] == pytest.approx(logged, abs=1e-6)
+    assert classifier.accuracy["count"] == 359
 
 
 def test_record_is_json_and_the_same_again(workdir, classifier):

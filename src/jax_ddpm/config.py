@@ -237,6 +237,12 @@ def validate_sampling(config: ConfigDict) -> None:
         lambda value: 0 <= value <= num_timesteps,
         f"at most process.num_timesteps = {num_timesteps}, or 0 for all of them",
     )
+    _require(
+        config,
+        "sampling.num_steps",
+        lambda value: value in (0, num_timesteps) or config.parameterisation.variance != "learned",
+        "0: the variances of parameterisation.variance=learned are for single steps of the chain",
+    )
     guided = config.model.class_conditional and config.training.label_drop > 0
     _require(
         config,

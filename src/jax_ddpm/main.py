@@ -105,6 +105,11 @@ def run_eval(poll: Poll) -> str:
 
     if options.WORKDIR.value is None and options.SAMPLES.value is None:
         raise UserError("--workdir is missing; for example --mode=eval --workdir=runs/digits")
+    if options.SEED.value + options.NUM_SEEDS.value > 2**32:
+        raise UserError(
+            f"--num_seeds={options.NUM_SEEDS.value} from --seed={options.SEED.value} on: there "
+            "are seeds below 2**32 only; give a smaller one"
+        )
     trained = _load() if options.WORKDIR.value else None
     folder = pathlib.Path(options.WORKDIR.value or ".") / "evaluation"
     what = Evaluation(
@@ -116,7 +121,7 @@ def run_eval(poll: Poll) -> str:
         seeds=tuple(range(options.SEED.value, options.SEED.value + options.NUM_SEEDS.value)),
         extractor=options.EXTRACTOR.value,
         reference=options.REFERENCE.value,
-        split=options.SPLIT.value,
+        split=options.SPLIT.value or "heldout",
         num_examples=options.NUM_EXAMPLES.value,
         calibrate=options.CALIBRATE.value,
         batch_size=_batch_size(trained),
@@ -141,7 +146,7 @@ def run_fid_stats(poll: Poll) -> pathlib.Path:
         source = _source()
         if source is None:
             raise UserError("--config is missing: of the data, or give its images by --samples")
-        images = split_set(source, options.SPLIT.value)
+        images = split_set(source, options.SPLIT.value or "train")
     out = pathlib.Path(options.OUT.value)
     cache = pathlib.Path(options.CACHE.value or out.with_name(out.name + ".cache"))
     extractor = make_extractor(options.EXTRACTOR.value, images.shape())

@@ -55,7 +55,7 @@ EXTRACTOR = flags.DEFINE_string(
     "extractor", None, "Network to measure by: efficientnet_lite0, Inception's file, or a run."
 )
 SPLIT = flags.DEFINE_enum(
-    "split", "heldout", ["train", "heldout"], "Of the data, for bpd and fid_stats."
+    "split", None, ["train", "heldout"], "Of the data: heldout for bpd, train for fid_stats."
 )
 NUM_EXAMPLES = flags.DEFINE_integer(
     "num_examples", None, "Measure bpd on this many of the split, all by default.", lower_bound=1

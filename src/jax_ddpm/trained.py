@@ -43,6 +43,7 @@ class Trained:
             "num_steps": config.sampling.num_steps or config.process.num_timesteps,
             "guidance_scale": config.sampling.guidance_scale,
             "dtype": config.model.dtype,
+            "random_numbers": str(jax.random.key_impl(jax.random.key(0))),
         }
         self.model = factory.Model(config, spec)
 

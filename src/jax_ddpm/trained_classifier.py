@@ -27,8 +27,8 @@ class TrainedClassifier:
       config, spec: of the run and of its data.
       step: of the checkpoint.
       model, params: the network's functions and its parameters as NumPy arrays.
-      record: which classifier this is, and how often it is right, as JSON: ``heldout_accuracy`` is
-        the share among all ``heldout_count`` images of the held-out split of ``data``.
+      record: which classifier this is, as JSON.
+      accuracy: how often it is right among all images of the held-out split, as JSON.
     """
 
     def __init__(self, config: ConfigDict, spec: Spec, step: int, params: Any, source: Source):
@@ -40,8 +40,12 @@ class TrainedClassifier:
             "sha256": digest(params),
             "dtype": config.model.dtype,
             "data": spec.identity,
-            "heldout_accuracy": self._accuracy(source),
-            "heldout_count": spec.split_sizes["heldout"],
+        }
+        self.accuracy = {
+            "data": spec.identity,
+            "split": "heldout",
+            "count": spec.split_sizes["heldout"],
+            "accuracy": self._accuracy(source),
         }
 
     def apply(

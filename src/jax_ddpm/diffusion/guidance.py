@@ -18,7 +18,8 @@ class ClassifierFreeGuidance:
 
     Scale 0 is exactly the unconditional model and 1 exactly the conditional one, in one pass of
     the network; any other scale takes one pass of twice the batch. x_0 moves along with ε, so that
-    both still agree with x_t; a learned variance is the conditional model's.
+    both still agree with x_t; a learned variance is the conditional model's. ``conditioning`` holds
+    no drop masks of its own: they say which half of the batch is unconditional.
     """
 
     denoiser: Any

@@ -83,7 +83,8 @@ def measure_bound(
 
     def launch(part: int) -> BoundTerms:
         index = order[batches[part][0]]
-        return terms(denoiser, index, source.batch(split, index))
+        with jax.default_matmul_precision("highest"):  # as ``extract`` does
+            return terms(denoiser, index, source.batch(split, index))
 
     def compute(wanted: Iterable[int]) -> Iterator[tuple[int, Arrays]]:
         for part, found in run_ahead(launch, wanted, poll):

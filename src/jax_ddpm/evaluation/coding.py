@@ -128,7 +128,7 @@ def draw_coding(trained: Trained, source: Source, split: str, stem: pathlib.Path
     columns = len(decoding) // (2 * len(x0[:4]))
     images.save_grid(stem.with_name(f"{stem.name}_decoding.png"), decoding, columns)
     label = int(np.bincount(labels).argmax())
-    pair = np.flatnonzero(labels == label)[:2]
+    pair = np.resize(np.flatnonzero(labels == label), 2)
     rows = interpolation_picture(trained, x0[pair], label)
     images.save_grid(stem.with_name(f"{stem.name}_interpolation.png"), rows, columns=9)
 

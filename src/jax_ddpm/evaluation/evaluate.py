@@ -34,33 +34,28 @@ def evaluate(
     """
     start = time.perf_counter()
     _check(what, metrics)
-    measured: dict[str, Any] = {}
-    calibration: dict[str, Any] = {}
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out={out}: give the name of a .json; curves and pictures go beside it")
+    result: dict[str, Any] = {"subject": _subject(what), "measured": {}, "calibration": {}}
     drawings: list[Drawing] = []
     if "bpd" in metrics:
-        measured["bpd"], drawing = _bound(what, poll)
+        result["measured"]["bpd"], drawing = _bound(what, poll)
         drawings.append(drawing)
     if "coding" in metrics:
         assert what.trained is not None
         assert what.source is not None
         drawings.append(partial(draw_coding, what.trained, what.source, what.split))
     if of_samples := [name for name in metrics if name in METRICS]:
-        found, calibration, pictures = measure_quality(what, of_samples, poll)
-        measured |= found
+        found, pictures = measure_quality(what, of_samples, poll)
+        result |= found | {"measured": result["measured"] | found["measured"]}
         drawings += pictures
 
-    subject = _subject(what)
     if out is None:
-        protocols = {name: found["protocol"] for name, found in measured.items()}
-        out = folder / f"{'-'.join(metrics)}_{_digest([subject, protocols])[:8]}.json"
+        protocols = {name: found["protocol"] for name, found in result["measured"].items()}
+        out = folder / f"{'-'.join(metrics)}_{_digest([result['subject'], protocols])[:8]}.json"
     for draw in drawings:
         draw(out.with_suffix(""))
-    result = {
-        "subject": subject,
-        "measured": measured,
-        "calibration": calibration,
-        "provenance": record.provenance(time.perf_counter() - start),
-    }
+    result["provenance"] = record.provenance(time.perf_counter() - start)
     record.save_record(out, result)
     return out, record.show(result)
 
@@ -74,13 +69,16 @@ def _check(what: Evaluation, metrics: list[str]) -> None:
     if not metrics:
         raise UserError(f"--metrics is missing; choose among {', '.join(known)}")
     for name in {"bpd", "coding"} & set(metrics):
-        if what.trained is None:
+        if what.trained is None or what.samples is not None:
             raise UserError(f"--metrics={name} measures a model: give --workdir, not --samples")
     if set(METRICS) & set(metrics) and what.samples is None and what.num_samples is None:
         raise UserError(
             "--num_samples is missing; 50,000 are the custom, --metrics=kid takes fewer"
         )
-    if what.source is None and (what.reference in ("train", "heldout") or what.calibrate):
+    if what.source is None and what.calibrate:
+        raise UserError("--calibrate measures real images: give --config of the data")
+    compares = any(METRICS[name].needs_reference for name in metrics if name in METRICS)
+    if what.source is None and compares and what.reference in ("train", "heldout"):
         raise UserError(
             "--reference is missing: give a folder or .npz, or --config of the real data"
         )

@@ -71,7 +71,10 @@ def classifier(workdir: pathlib.Path, image_shape: tuple[int, int, int]) -> Extr
     Raises:
       UserError: where there is none, or it was trained on images of another size.
     """
-    trained = load_classifier(workdir)
+    try:
+        trained = load_classifier(workdir)
+    except UserError as error:
+        raise UserError(str(error).replace("--workdir=", "--extractor=")) from error
     if trained.spec.image_shape != image_shape:
         wanted, found = (
             "×".join(map(str, shape)) for shape in (trained.spec.image_shape, image_shape)
@@ -81,7 +84,8 @@ def classifier(workdir: pathlib.Path, image_shape: tuple[int, int, int]) -> Extr
     def apply(params: Any, images: UInt8[Array, "b h w c"]) -> tuple[Array, Array]:
         return trained.model.network.apply(params, from_levels(images, 256))
 
-    return Extractor("classifier", apply, trained.params, {"name": "classifier"} | trained.record)
+    record = {"name": "classifier"} | trained.record
+    return Extractor("classifier", apply, trained.params, record, trained.accuracy)
 
 
 def _extractor(name: str, module: Any, params: Any, record: dict[str, Any]) -> Extractor:

@@ -27,12 +27,14 @@ class Extractor(NamedTuple):
       name: the results carry it, such as "inception".
       apply: ``(params, images uint8 [b, h, w, c]) → (features [b, d], logits [b, k])``, float32.
       record: what decides its output, as JSON: the weights' hash, how images are resized.
+      accuracy: how well it knows its own classes, as JSON, where that was measured.
     """
 
     name: str
     apply: Callable
     params: Any
     record: dict[str, Any]
+    accuracy: dict[str, Any] | None = None
 
 
 class Features(NamedTuple):
@@ -108,6 +110,8 @@ def extract(
         "extractor": extractor.record,
         "images": images.identity,
         "batch_size": batch_size,
+        # A set that grows fills its last batch only then.
+        "ends_at": images.count if images.count % batch_size else None,
     }
     parts = Parts(cache, identity)
     parts.complete(len(batches), compute, f"{extractor.name} features")

@@ -67,10 +67,15 @@ def sample_set(
         for start, batch in generator.draw(trained.params, seed, starts, poll=poll):
             yield start // size, {"images": to_uint8(np.asarray(batch.x[-1]))}
 
-    identity = {"computes": "samples", "model": trained.record, "seed": seed, "batch_size": size}
+    identity = {
+        "computes": "samples",
+        "model": trained.record,
+        "seed": seed,
+        "batch_size": size,
+    }
     parts = Parts(cache, identity)
     parts.complete(num_parts, compute, f"samples of seed {seed}")
-    load = lru_cache(maxsize=2)(lambda part: parts.load(part)["images"])
+    load = lru_cache(maxsize=2)(lambda part: parts.load(int(part))["images"])
 
     def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
         return np.stack(
@@ -109,10 +114,17 @@ def file_set(path: pathlib.Path) -> ImageSet:
     except Exception as error:  # whatever damaged bytes lead zipfile to
         raise UserError(f"{path}: not a folder of images nor a readable .npz") from error
     images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise UserError(f"{path}: it must hold 'images', uint8 [n, height, width, channels]")
+    shaped = images is not None and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
+    if images is None or images.dtype != np.uint8 or not shaped:
+        raise UserError(f"{path}: it must hold 'images', uint8 [n, height, width, 1 or 3]")
+    labels = arrays.get("labels")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(
+            f"{path}: labels is {labels.dtype} {list(labels.shape)}; it must hold {len(images)} "
+            "integers"
+        )
     identity = {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return ImageSet(identity, len(images), images.__getitem__, arrays.get("labels"))
+    return ImageSet(identity, len(images), images.__getitem__, labels)
 
 
 def _folder_set(path: pathlib.Path) -> ImageSet:
@@ -126,7 +138,7 @@ def _folder_set(path: pathlib.Path) -> ImageSet:
         except (UnreadableError, OSError) as error:
             raise UserError(f"{file}: cannot be read ({error}); replace or remove it") from error
 
-    gray = _is_gray(files[0])
+    gray = all(map(_is_gray, files))  # some encoders make a gray file of one colour image
     shape = load(files[0], 1 if gray else 3).shape
 
     def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
@@ -152,11 +164,11 @@ def _is_gray(file: pathlib.Path) -> bool:
     try:
         with Image.open(file) as image:
             return image.mode in ("1", "L", "I;16")
-    except OSError as error:
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
         raise UserError(f"{file}: cannot be read; replace or remove it") from error
 
 
-def noised(images: ImageSet, std: float) -> ImageSet:
+def noised(images: ImageSet, std: int) -> ImageSet:
     """With Gaussian noise of this standard deviation, in levels of 0…255, keyed by the number."""
 
     def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:

@@ -49,8 +49,19 @@ def check_possible(
     reference = protocol.reference
     if "fid" in metrics:
         assert reference is not None
-        require_covariance(num_images, reference.moments.mean.size)
+        width, count = reference.moments.mean.size, reference.moments.count
+        require_covariance(num_images, width)
+        if count is not None and count <= width:
+            raise UserError(
+                f"the reference's {count:,} images are too few for a covariance of {width:,} "
+                "features; give more, or --metrics=kid"
+            )
     for name in metrics:
+        if num_images < METRICS[name].least:
+            raise UserError(
+                f"--metrics={name} takes {METRICS[name].least} samples or more; there are "
+                f"{num_images}"
+            )
         if METRICS[name].needs_images and (reference is None or reference.real is None):
             raise UserError(
                 f"--metrics={name} compares with images, but --reference holds moments, which "
@@ -119,20 +130,22 @@ def _agreement(samples: FeatureSet, protocol: Protocol) -> dict[str, Result]:
 
 
 class Metric(NamedTuple):
-    """``measure``: samples → results by name; ``settings``: what else decides them."""
+    """``measure``: samples → results by name; ``settings``: what else decides them; ``least``: the
+    number of samples that it takes."""
 
     measure: Callable[[FeatureSet, Protocol], dict[str, Result]]
     settings: dict[str, Any]
     needs_reference: bool = True
     needs_images: bool = False
+    least: int = 1
 
 
 METRICS = {
     "fid": Metric(_fid, {}),
-    "kid": Metric(_kid, {"kernel": "(x·y/d + 1)³ over all pairs"}, needs_images=True),
-    "is": Metric(_inception_score, {"splits": SPLITS}, needs_reference=False),
-    "prdc": Metric(_prdc, {"neighbours": NEIGHBOURS}, needs_images=True),
-    "memorisation": Metric(_memorisation, {}, needs_images=True),
+    "kid": Metric(_kid, {"kernel": "(x·y/d + 1)³ over all pairs"}, needs_images=True, least=3),
+    "is": Metric(_inception_score, {"splits": SPLITS}, needs_reference=False, least=SPLITS),
+    "prdc": Metric(_prdc, {"neighbours": NEIGHBOURS}, needs_images=True, least=NEIGHBOURS + 1),
+    "memorisation": Metric(_memorisation, {}, needs_images=True, least=2),
     "agreement": Metric(_agreement, {}, needs_reference=False),
 }
 

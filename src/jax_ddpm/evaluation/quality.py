@@ -66,8 +66,11 @@ class Evaluation:
 
 def measure_quality(
     what: Evaluation, metrics: list[str], poll: Poll = never
-) -> tuple[dict[str, Any], dict[str, Any], list[Drawing]]:
-    """Results of the samples by name, each with its protocol; those of real images; pictures.
+) -> tuple[dict[str, Any], list[Drawing]]:
+    """The parts of a record, and pictures.
+
+    They are ``measured``, results of the samples by name, each with its protocol; ``calibration``,
+    those of real images; ``extractor_accuracy``.
 
     Raises:
       UserError: where these images cannot be measured so.
@@ -99,28 +102,43 @@ def measure_quality(
     count = what.num_samples or (files.count if files else 0)
     labelled = files.labels is not None if files else what.model().model.num_classes > 0
     check_possible(metrics, protocol, count, labelled)
+    calibration_sets = _calibration_sets(what) if what.calibrate else {}
+    for row, images in calibration_sets.items():
+        if images.count < count:
+            raise UserError(
+                f"--calibrate measures as many real images as samples, {count:,}, but {row} has "
+                f"{images.count:,}; ask for no more by --num_samples"
+            )
 
     sets = [files] if files else _sample_sets(what, poll)
     samples = [features(images, count) for images in sets]
     results = _measure(samples, metrics, protocol)
     conditions = {"image_shape": list(shape), "num_images": count, "extractor": extractor.record}
-    if reference is not None:
-        conditions["reference"] = reference.record
+    compared_with = {"reference": reference.record} if reference is not None else {}
     measured = {
-        name: {"protocol": conditions | METRICS[metric].settings, "result": result}
+        name: {
+            "protocol": conditions
+            | (compared_with if METRICS[metric].needs_reference else {})
+            | METRICS[metric].settings,
+            "result": result,
+        }
         for metric, found in results.items()
         for name, result in found.items()
     }
     calibration = {}
-    if what.calibrate:
-        compared = [name for name in metrics if name not in ("memorisation", "agreement")]
-        for row, images in _calibration_sets(what).items():
-            found = _measure([features(images, count)], compared, protocol)
-            calibration[row] = {n: r for by_name in found.values() for n, r in by_name.items()}
+    compared = [name for name in metrics if name not in ("memorisation", "agreement")]
+    for row, images in calibration_sets.items():
+        found = _measure([features(images, count)], compared, protocol)
+        calibration[row] = {n: r for by_name in found.values() for n, r in by_name.items()}
     drawings: list[Drawing] = []
     if "memorisation" in metrics:
         drawings.append(partial(_draw_nearest, samples[0], protocol))
-    return measured, calibration, drawings
+    record = {
+        "measured": measured,
+        "calibration": calibration,
+        "extractor_accuracy": extractor.accuracy,
+    }
+    return record, drawings
 
 
 def _measure(

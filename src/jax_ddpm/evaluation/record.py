@@ -12,14 +12,18 @@ from typing import Any
 
 import jax
 
+from jax_ddpm import __version__
 from jax_ddpm.errors import UserError
 from jax_ddpm.files import replacing
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "pillow", "jax-ddpm")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "pillow")
 
 
 def provenance(seconds: float) -> dict[str, Any]:
-    """Where a result came from: command, code, packages, device."""
+    """Where a result came from: command, code, packages, device.
+
+    ``seconds`` are those of this command; what the cache held took time before.
+    """
     device = jax.devices()[0]
     return {
         "command": " ".join(["python -m jax_ddpm.main", *sys.argv[1:]]),
@@ -27,7 +31,8 @@ def provenance(seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "git": _git(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: metadata.version(name) for name in _PACKAGES}
+        | {"jax-ddpm": __version__},
         "random_numbers": str(jax.random.key_impl(jax.random.key(0))),
         "device": f"{jax.device_count()} × {device.device_kind}",
         "processor": _processor(),
@@ -37,7 +42,7 @@ def provenance(seconds: float) -> dict[str, Any]:
 def save_record(path: pathlib.Path, record: dict[str, Any]) -> None:
     """Writes one result as JSON."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def load_record(path: pathlib.Path) -> dict[str, Any]:
@@ -47,9 +52,10 @@ def load_record(path: pathlib.Path) -> dict[str, Any]:
       UserError: where there is none.
     """
     try:
-        record = dict(json.loads(path.read_text()))
+        record = dict(json.loads(path.read_text("utf-8")))
+        dict(_fields(record["subject"]))
         for measured in record["measured"].values():
-            measured["protocol"], measured["result"]["value"]
+            dict(_fields(measured["protocol"])), _shown(measured["result"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a result record; give the .json of an evaluation") from error
     return record
@@ -69,10 +75,11 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> str:
     for name in shared:
         old, new = (dict(_fields(record["measured"][name]["protocol"])) for record in records)
         for field in old | new:
-            if old.get(field) != new.get(field):
+            one, other = (fields.get(field, "absent") for fields in (old, new))
+            if one != other:
                 raise UserError(
-                    f"{name} was measured differently: {field} is {old.get(field)!r} in {first} "
-                    f"and {new.get(field)!r} in {second}; measure both the same way"
+                    f"{name} was measured differently: {field} is {one!r} in {first} and "
+                    f"{other!r} in {second}; measure both the same way"
                 )
     rows = [["", first.stem, second.stem]]
     for name in shared:
@@ -117,7 +124,7 @@ def _shown(result: dict[str, Any]) -> str:
 
 def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _fields(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -64,8 +64,13 @@ def load_moments(path: pathlib.Path, extractor: Extractor) -> Reference:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
-        record = json.loads(str(arrays["record"])) if "record" in arrays else {}
         count = int(arrays["count"]) if "count" in arrays else None
+        known = {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "count": count}
+        made_with = extractor.record
+        if "record" in arrays:
+            record = json.loads(str(arrays["record"]))
+            known, made_with = dict(record["reference"]), record["extractor"]
+        told = _told(made_with)
     except Exception as error:  # whatever damaged bytes lead zipfile to
         raise UserError(
             f"--reference={path}: not statistics; it needs arrays 'mu' and 'sigma', as "
@@ -76,15 +81,13 @@ def load_moments(path: pathlib.Path, extractor: Extractor) -> Reference:
             f"--reference={path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; "
             "they must be [d] and [d, d]"
         )
-    if record and record["extractor"] != extractor.record:
+    if not np.allclose(covariance, covariance.T):  # nor where it is not finite
+        raise UserError(f"--reference={path}: sigma is no covariance; make the file anew")
+    if made_with != extractor.record:
         raise UserError(
-            f"--reference={path}: made with extractor {_told(record['extractor'])}, but these "
-            f"features are of {_told(extractor.record)}; use the same, or make it anew"
+            f"--reference={path}: made with extractor {told}, but these features are of "
+            f"{_told(extractor.record)}; use the same, or make it anew"
         )
-    known = record.get("reference") or {
-        "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "count": count,
-    }
     return Reference(known, Moments(mean, covariance, count), None)
 
 

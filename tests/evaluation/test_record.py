@@ -119,10 +119,10 @@ class TestProvenance:
         (tmp_path / "src" / "record.py").write_text("changed")
         assert provenance(0.0)["git"] == {"commit": commit, "dirty": True}
 
-    def test_sees_new_files_anywhere_in_the_checkout(self, tmp_path, monkeypatch):
+    def test_results_beside_the_code_do_not_count(self, tmp_path, monkeypatch):
         self.checkout(tmp_path, monkeypatch)
-        (tmp_path / "configs.py").write_text("new")
-        assert provenance(0.0)["git"]["dirty"]
+        (tmp_path / "result.json").write_text("new")
+        assert not provenance(0.0)["git"]["dirty"]
 
     def test_is_not_that_of_a_surrounding_checkout(self, tmp_path, monkeypatch):
         self.checkout(tmp_path, monkeypatch)

@@ -141,7 +141,9 @@ def _git() -> dict[str, Any] | None:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # not whatever checkout surrounds a venv
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        # As ``git describe --dirty`` has it: new files, such as results, do not count.
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None
 

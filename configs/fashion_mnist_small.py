@@ -1,4 +1,12 @@
-"""Fashion-MNIST with its ten classes, small enough for two CPU cores."""
+"""Fashion-MNIST with its ten classes, small enough for two CPU cores.
+
+Expected result: plainly recognisable clothes, some of them frayed; held-out ε-error 0.078 (one
+seed, 1,024 images). Cost: 29 minutes on 2 cores of an Intel Xeon with AVX-512 that other jobs
+shared. Measured with ``python -m jax_ddpm.main --config=configs/fashion_mnist_small.py``,
+2026-11-24; see ``experiments/results/fashion_mnist_small``.
+
+Data: as for ``configs/fashion_mnist.py``.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +14,7 @@ from jax_ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """Class-conditional, at 28, 14 and 7 pixels."""
+    """687,473 parameters: class-conditional, at 28, 14 and 7 pixels."""
     config = default()
     config.data.source = "idx"
     config.data.path = "data/fashion_mnist"

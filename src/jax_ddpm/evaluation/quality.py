@@ -13,7 +13,7 @@ from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.distances import nearest
 from jax_ddpm.evaluation.extractors import make_extractor
-from jax_ddpm.evaluation.features import FeatureSet, extract
+from jax_ddpm.evaluation.features import Extractor, FeatureSet, extract
 from jax_ddpm.evaluation.image_sets import ImageSet, file_set, noised, sample_set, split_set
 from jax_ddpm.evaluation.metrics import METRICS, Protocol, Result, check_possible, combine
 from jax_ddpm.evaluation.reference import holds_moments, load_moments, reference_of
@@ -87,71 +87,77 @@ def measure_quality(
             )
         return extract(extractor, images, count, what.batch_size, what.cache, poll)
 
-    def all_features(images: ImageSet) -> FeatureSet:
+    protocol = _protocol(what, metrics, extractor, features)
+    count = what.num_samples or (files.count if files else 0)
+    labelled = files.labels is not None if files else what.model().model.num_classes > 0
+    check_possible(metrics, protocol, count, labelled)
+    real_sets = _calibration_sets(what, count) if what.calibrate else {}
+
+    sets = [files] if files else _sample_sets(what, poll)
+    samples = [features(images, count) for images in sets]
+    compared = [name for name in metrics if name not in ("memorisation", "agreement")]
+    record = {
+        "measured": {
+            name: {"protocol": _conditions(protocol, metric, shape, count), "result": result}
+            for metric in metrics
+            for name, result in _measure(metric, samples, protocol).items()
+        },
+        "calibration": {
+            row: {
+                name: result
+                for metric in compared
+                for name, result in _measure(metric, [features(images, count)], protocol).items()
+            }
+            for row, images in real_sets.items()
+        },
+        "extractor_accuracy": extractor.accuracy,
+    }
+    pictured = "memorisation" in metrics
+    return record, [partial(_draw_nearest, samples[0], protocol)] if pictured else []
+
+
+def _protocol(
+    what: Evaluation,
+    metrics: list[str],
+    extractor: Extractor,
+    features: Callable[[ImageSet, int], FeatureSet],
+) -> Protocol:
+    """With the real images that these metrics need."""
+
+    def all_features(split: str) -> FeatureSet:
+        images = _real_set(what, split)
         return features(images, images.count)
 
     reference = heldout = None
     if any(METRICS[name].needs_reference for name in metrics):
-        if holds_moments(pathlib.Path(what.reference)):
-            reference = load_moments(pathlib.Path(what.reference), extractor)
+        path = pathlib.Path(what.reference)
+        if holds_moments(path):
+            reference = load_moments(path, extractor)
         else:
-            reference = reference_of(all_features(_real_set(what, what.reference)))
+            reference = reference_of(all_features(what.reference))
     if "memorisation" in metrics and what.source and what.reference == "train":
-        heldout = all_features(_real_set(what, "heldout"))
-    protocol = Protocol(extractor, reference, heldout)
-    count = what.num_samples or (files.count if files else 0)
-    labelled = files.labels is not None if files else what.model().model.num_classes > 0
-    check_possible(metrics, protocol, count, labelled)
-    calibration_sets = _calibration_sets(what) if what.calibrate else {}
-    for row, images in calibration_sets.items():
-        if images.count < count:
-            raise UserError(
-                f"--calibrate measures as many real images as samples, {count:,}, but {row} has "
-                f"{images.count:,}; ask for no more by --num_samples"
-            )
+        heldout = all_features("heldout")
+    return Protocol(extractor, reference, heldout)
 
-    sets = [files] if files else _sample_sets(what, poll)
-    samples = [features(images, count) for images in sets]
-    results = _measure(samples, metrics, protocol)
-    conditions = {"image_shape": list(shape), "num_images": count, "extractor": extractor.record}
-    compared_with = {"reference": reference.record} if reference is not None else {}
-    measured = {
-        name: {
-            "protocol": conditions
-            | (compared_with if METRICS[metric].needs_reference else {})
-            | METRICS[metric].settings,
-            "result": result,
-        }
-        for metric, found in results.items()
-        for name, result in found.items()
+
+def _conditions(
+    protocol: Protocol, metric: str, shape: tuple[int, int, int], count: int
+) -> dict[str, Any]:
+    """What must agree for two values of a metric to compare, as JSON."""
+    conditions = {
+        "image_shape": list(shape),
+        "num_images": count,
+        "extractor": protocol.extractor.record,
     }
-    calibration = {}
-    compared = [name for name in metrics if name not in ("memorisation", "agreement")]
-    for row, images in calibration_sets.items():
-        found = _measure([features(images, count)], compared, protocol)
-        calibration[row] = {n: r for by_name in found.values() for n, r in by_name.items()}
-    drawings: list[Drawing] = []
-    if "memorisation" in metrics:
-        drawings.append(partial(_draw_nearest, samples[0], protocol))
-    record = {
-        "measured": measured,
-        "calibration": calibration,
-        "extractor_accuracy": extractor.accuracy,
-    }
-    return record, drawings
+    if METRICS[metric].needs_reference and protocol.reference is not None:
+        conditions["reference"] = protocol.reference.record
+    return conditions | METRICS[metric].settings
 
 
-def _measure(
-    seeds: list[FeatureSet], metrics: list[str], protocol: Protocol
-) -> dict[str, dict[str, Result]]:
-    """Metric → the results it gives by name, each combined over the seeds."""
-    found = {}
-    for metric in metrics:
-        per_seed = [METRICS[metric].measure(samples, protocol) for samples in seeds]
-        found[metric] = {
-            name: combine([results[name] for results in per_seed]) for name in per_seed[0]
-        }
-    return found
+def _measure(metric: str, seeds: list[FeatureSet], protocol: Protocol) -> dict[str, Result]:
+    """The results of a metric by name, each combined over the seeds."""
+    per_seed = [METRICS[metric].measure(samples, protocol) for samples in seeds]
+    return {name: combine([results[name] for results in per_seed]) for name in per_seed[0]}
 
 
 def _sample_sets(what: Evaluation, poll: Poll) -> list[ImageSet]:
@@ -170,12 +176,20 @@ def _real_set(what: Evaluation, reference: str) -> ImageSet:
     return split_set(what.source, reference)
 
 
-def _calibration_sets(what: Evaluation) -> dict[str, ImageSet]:
-    """Real images that are not the reference, as they are and with noise."""
+def _calibration_sets(what: Evaluation, count: int) -> dict[str, ImageSet]:
+    """Real images that are not the reference, as they are and with noise.
+
+    Raises:
+      UserError: where there are fewer than samples.
+    """
     split = "train" if what.reference == "heldout" else "heldout"
     real = _real_set(what, split)
-    rows = {split: real}
-    return rows | {f"{split} + noise {std}": noised(real, std) for std in NOISE_LEVELS}
+    if real.count < count:
+        raise UserError(
+            f"--calibrate measures as many real images as samples, {count:,}, but {split} has "
+            f"{real.count:,}; ask for no more by --num_samples"
+        )
+    return {split: real} | {f"{split} + noise {std}": noised(real, std) for std in NOISE_LEVELS}
 
 
 def _draw_nearest(samples: FeatureSet, protocol: Protocol, stem: pathlib.Path) -> None:

@@ -27,12 +27,11 @@ class Trained:
       step: of the checkpoint.
       item: "ema" for averaged parameters, "params" for raw ones.
       model, params: the network's functions and its parameters as NumPy arrays.
-      record: what decides a sample besides seed and class, as JSON.
     """
 
     def __init__(self, config: ConfigDict, spec: Spec, step: int, item: str, params: Any):
         self.config, self.spec, self.step, self.item, self.params = config, spec, step, item, params
-        self.record = {
+        self._record = {
             "parameters": item,
             "checkpoint_step": step,
             "sha256": digest(params),
@@ -43,11 +42,15 @@ class Trained:
             "num_steps": config.sampling.num_steps or config.process.num_timesteps,
             "guidance_scale": config.sampling.guidance_scale,
             "dtype": config.model.dtype,
-            "random_numbers": str(jax.random.key_impl(jax.random.key(0))),
         }
         self.model = factory.Model(config, spec)
 
         self._generators: dict[tuple[int, int], Generator] = {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What decides a sample besides seed and class, as JSON."""
+        return self._record | {"random_numbers": str(jax.random.key_impl(jax.random.key(0)))}
 
     def generator(self, batch_size: int, num_snapshots: int = 1) -> Generator:
         """The sampler for batches of this size over all devices, compiled at its first use."""

@@ -3,7 +3,9 @@
     python benchmarks/features.py --batch_size=16 --rounds=6
 
 Both networks have the same random weights and see the same images, in float32 throughout. The two
-programs are timed in alternation, after one call each, until their results are NumPy arrays.
+programs are timed in alternation, after one call each, until their results are NumPy arrays. Ours
+shares a batch over all devices, as evaluation does; a CPU is one device per core here
+(``JAX_NUM_CPU_DEVICES``), since XLA runs some convolutions on one core.
 """
 
 import argparse
@@ -19,10 +21,12 @@ from unittest import mock
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm.evaluation.frechet import frechet_distance, moments
 from jax_ddpm.interop.inception import inception_parameters
 from jax_ddpm.models.inception import InceptionV3
+from jax_ddpm.training.step import data_mesh
 
 Program = Callable[[], np.ndarray]
 
@@ -34,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="of features")
     parser.add_argument("--distance_rounds", type=int, default=2)
     arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     try:
         import pytorch_fid
         import torch
@@ -46,7 +51,7 @@ def main() -> None:
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "load": os.getloadavg(),
-        "device": jax.devices()[0].device_kind,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": {module.__name__: module.__version__ for module in (jax, torch, pytorch_fid)},
         "features": features | {"batch_size": arguments.batch_size},
         "frechet_distance": compare(*distance_programs(), arguments.distance_rounds),
@@ -90,9 +95,15 @@ def feature_programs(batch_size: int) -> tuple[Program, Program]:
         reference = inception.InceptionV3().eval()
 
     images = np.random.default_rng(0).integers(0, 256, (batch_size, 32, 32, 3), dtype=np.uint8)
-    params = jax.device_put(inception_parameters(weights))
     jax.config.update("jax_default_matmul_precision", "highest")
-    network = jax.jit(lambda params, images: InceptionV3().apply({"params": params}, images)[0])
+    mesh = data_mesh()
+    whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    network = jax.jit(
+        lambda params, images: InceptionV3().apply({"params": params}, images)[0],
+        in_shardings=(whole, split),
+    )
+
+    params = jax.device_put(inception_parameters(weights), whole)
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     torch.backends.cudnn.allow_tf32 = False

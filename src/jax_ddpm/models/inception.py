@@ -37,7 +37,7 @@ class InceptionV3(nn.Module):
         """
         x = resize_bilinear(images.astype(jnp.float32), _RESOLUTION) * (2 / 255) - 1
         x = jnp.broadcast_to(x, (*x.shape[:-1], 3))
-        x = _conv(x, "Conv2d_1a_3x3", 32, 3, 3, stride=2)
+        x = nn.relu(nn.Conv(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x))
         x = _crop(_conv(x, "Conv2d_2a_3x3", 32, 3, 3))
         x = _conv(x, "Conv2d_2b_3x3", 64, 3, 3)
         x = max_pool(x, stride=2)
@@ -133,6 +133,28 @@ class BlockE(nn.Module):
         )
 
 
+class StridedConv(nn.Module):
+    """A convolution without padding, as the sum over the kernel's places of one product each.
+
+    On a CPU that takes XLA half the time of a strided convolution, if there are many channels.
+    """
+
+    features: int
+    size: tuple[int, int]
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+        shape = (*self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        height, width = (n - k + 1 for n, k in zip(x.shape[1:3], self.size, strict=True))
+        return bias.reshape(1, 1, 1, -1) + sum(
+            x[:, i : i + height : self.stride, j : j + width : self.stride] @ kernel[i, j]
+            for i, j in np.ndindex(self.size)
+        )
+
+
 def _conv(
     x: Array, name: str, features: int, height: int = 1, width: int = 1, stride: int = 1
 ) -> Array:
@@ -142,8 +164,9 @@ def _conv(
     """
     if height == width == 1:
         return nn.relu(nn.Dense(features, name=name)(x))
-    padding = "SAME" if stride == 1 else "VALID"
-    return nn.relu(nn.Conv(features, (height, width), stride, padding, name=name)(x))
+    if stride == 1:
+        return nn.relu(nn.Conv(features, (height, width), name=name)(x))
+    return nn.relu(StridedConv(features, (height, width), stride, name=name)(x))
 
 
 def _chain(x: Array, name: str, *layers: tuple[int, ...]) -> Array:

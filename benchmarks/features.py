@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
 
@@ -49,6 +50,8 @@ def main() -> None:
     for name in ("ours", "theirs"):
         features[f"{name}_features_per_second"] = arguments.batch_size / features[f"{name}_seconds"]
     report = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "load": os.getloadavg(),
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_ddpm.diffusion.parameterisation import Parameterisation, Prediction
-from jax_ddpm.diffusion.process import Process, expand
+from jax_ddpm.diffusion.process import Process, noise_between
 
 # A flat dict of [batch, …] arrays that the network is conditioned on; empty when unconditional.
 Conditioning = dict[str, Array]
@@ -72,5 +72,4 @@ class ClippedDenoiser:
     ) -> Prediction:
         prediction = self.denoiser(xt, t, conditioning)
         x0 = jnp.clip(prediction.x0, -1, 1)
-        alpha, sigma = expand(self.process.alpha(t), xt), expand(self.process.sigma(t), xt)
-        return prediction._replace(x0=x0, eps=(xt - alpha * x0) / sigma)
+        return prediction._replace(x0=x0, eps=noise_between(self.process, x0, xt, t))

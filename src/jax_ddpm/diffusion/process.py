@@ -84,6 +84,16 @@ def q_sample(
     return expand(process.alpha(t), x0) * x0 + expand(process.sigma(t), x0) * eps
 
 
+def noise_between(
+    process: Process,
+    x0: Float[Array, "batch *shape"],
+    xt: Float[Array, "batch *shape"],
+    t: Float[Array, "#batch"] | Float[Array, ""],
+) -> Float[Array, "batch *shape"]:
+    """ε = (x_t - α·x_0)/σ, with which ``q_sample`` leads from x_0 to x_t."""
+    return (xt - expand(process.alpha(t), xt) * x0) / expand(process.sigma(t), xt)
+
+
 def per_example_normal(keys: Any, x: Float[Array, "batch *shape"]) -> Float[Array, "batch *shape"]:
     """Standard normal noise shaped like x, example i from key i alone, whatever the batch."""
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)

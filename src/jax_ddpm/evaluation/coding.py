@@ -14,7 +14,7 @@ from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.interpolation import interpolate
 from jax_ddpm.diffusion.parameterisation import Prediction
-from jax_ddpm.diffusion.process import Process, expand, per_example_normal, q_sample
+from jax_ddpm.diffusion.process import Process, noise_between, per_example_normal, q_sample
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.keys import Stream, stream_key
@@ -37,8 +37,7 @@ class Sender:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> Prediction:
-        alpha, sigma = expand(self.process.alpha(t), xt), expand(self.process.sigma(t), xt)
-        return Prediction(self.x0, (xt - alpha * self.x0) / sigma)
+        return Prediction(self.x0, noise_between(self.process, self.x0, xt, t))
 
 
 def progressive_decoding(

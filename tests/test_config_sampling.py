@@ -5,8 +5,8 @@ import math
 import pytest
 import tiny
 
-from jax_ddpm.config import validate, validate_sampling
 from jax_ddpm.errors import UserError
+from jax_ddpm.validation import validate, validate_sampling
 
 
 def the_error(check, *args, **fields):

@@ -73,7 +73,7 @@ def test_fewer_samples_are_the_first_ones(generator, params, samples):
 def test_noise_is_keyed_by_seed_and_index(model, params, monkeypatch, batch_size, num_devices):
     """Seen with a sampler that returns what it is given."""
 
-    def unsampled(sampler, denoiser, x, keys, conditioning, num_snapshots):
+    def unsampled(sampler, denoiser, x, keys, *_):
         return x, Snapshots(x[None], per_example_normal(keys, x)[None])
 
     monkeypatch.setattr(generate, "sample", unsampled)
@@ -262,10 +262,10 @@ class TestSteps:
             assert np.all(-np.diff(times) <= np.ceil(gap))
 
     @pytest.mark.parametrize("num_timesteps", range(2, 61))
-    def test_of_a_short_chain(self, num_timesteps, monkeypatch):
+    def test_of_a_short_chain(self, num_timesteps):
         model = tiny.model(tiny.config(process__num_timesteps=num_timesteps), tiny.spec(SHAPE))
         for num_steps in range(1, num_timesteps + 1):
-            monkeypatch.setattr(model, "_num_steps", num_steps)
+            model._sampling.num_steps = num_steps
             self.check(model.sampler().nodes.time, num_timesteps, num_steps)
 
     @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 10, 50, 250, 333, 500, 501, 750, 998, 999])
@@ -295,18 +295,20 @@ class TestGuidance:
         return jax.tree.map(lambda p: p + np.float32(0.1 * rng.normal(size=p.shape)), zeros)
 
     @staticmethod
-    def draw(unet_params, scale, label=None):
+    def model(scale):
         config = TestGuidance.CONFIG.copy_and_resolve_references()
         config.sampling.guidance_scale = scale
-        generator = Generator(Model(config, tiny.spec(SHAPE)), 4, mesh())
-        return generator(unet_params, 0, 4, label)
+        return Model(config, tiny.spec(SHAPE))
+
+    def draw(self, unet_params, scale, label=None):
+        return Generator(self.model(scale), 4, mesh())(unet_params, 0, 4, label)
 
     def test_scale_1_draws_what_is_drawn_without_it(self, unet, unet_params):
         """To the last bit: also of one who knows nothing of guidance."""
         np.testing.assert_array_equal(
             self.draw(unet_params, 1.0), Generator(unet, 4, mesh())(unet_params, 0, 4)
         )
-        assert type(unet.denoiser(unet_params, 1.0)) is type(unet.denoiser(unet_params))
+        assert type(unet.guided_denoiser(unet_params)) is type(unet.denoiser(unet_params))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("scale", [0.0, 2.0])
@@ -315,10 +317,11 @@ class TestGuidance:
         x = per_example_normal(jax.random.split(jax.random.key(1), 3), jnp.zeros((3, *SHAPE)))
         t, label = jnp.float32(1), jnp.array([2, 0, 1])
         null = {"label": label, "label_drop": jnp.ones(3, bool)}
+        of_scale = self.model(scale)
 
         @jax.jit
         def predict(params):
-            plain, guided = unet.denoiser(params).denoiser, unet.denoiser(params, scale).denoiser
+            plain, guided = unet.denoiser(params).denoiser, of_scale.guided_denoiser(params).denoiser
             given = {"label": label}
             return plain(x, t, given).eps, plain(x, t, null).eps, guided(x, t, given).eps
 

@@ -533,7 +533,7 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["file", "file.jpg"])
     def test_of_files_that_are_no_folder(self, model, tmp_path, name):
         (tmp_path / name).write_text("mine")
-        assert "give a .png, an .npz, or a folder" in self.refuses(model, tmp_path / name)
+        assert "give a .png, a .gif, an .npz, or a folder" in self.refuses(model, tmp_path / name)
 
     def test_of_unknown_suffixes(self, model, tmp_path):
         assert "x.jpg" in self.refuses(model, tmp_path / "x.jpg")

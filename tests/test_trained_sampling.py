@@ -7,6 +7,7 @@ import tiny
 
 import jax_ddpm
 from jax_ddpm import factory
+from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
 from jax_ddpm.errors import UserError
 from jax_ddpm.sampling import write_samples
 from jax_ddpm.training.checkpoint import Checkpoints
@@ -68,7 +69,7 @@ class TestLoad:
         run = jax_ddpm.load(workdir)
         assert sampler(run) == (3, 2)
         assert len(run.model.sampler().nodes.time) == 3
-        assert run.model.guidance_scale == 2
+        assert isinstance(run.model.guided_denoiser(run.params).denoiser, ClassifierFreeGuidance)
 
     def test_overrides_what_the_run_says(self, make, plain):
         """Each field alone, and both, back to what a plain run draws."""
@@ -90,7 +91,7 @@ class TestLoad:
             run.sample(3), jax_ddpm.load(workdir, guidance_scale=2.0).sample(3)
         )
 
-    @pytest.mark.parametrize("field", ["num_step", "guidance", "sampler"])
+    @pytest.mark.parametrize("field", ["num_step", "guidance_scal", "sample"])
     def test_does_not_pass_over_a_mistyped_field(self, workdir, field):
         with pytest.raises((AttributeError, KeyError, TypeError), match=field):
             jax_ddpm.load(workdir, **{field: 2})

@@ -1,12 +1,12 @@
 """From config to parts: explicit functions and dictionaries, the one place where they meet."""
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_ddpm.config import validate_for_data
 from jax_ddpm.data.cifar10 import cifar10
 from jax_ddpm.data.digits import digits
 from jax_ddpm.data.folder import folder
@@ -15,16 +15,21 @@ from jax_ddpm.data.npz import npz
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.data.tfds import tfds
 from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
+from jax_ddpm.diffusion.denoiser import Denoiser, InProcess, NetworkDenoiser
 from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
 from jax_ddpm.diffusion.likelihood import ModelVariance
+from jax_ddpm.diffusion.optimal_variance import EpsPower, optimal_variance
 from jax_ddpm.diffusion.parameterisation import Parameterisation
-from jax_ddpm.diffusion.samplers.ancestral import ancestral
+from jax_ddpm.diffusion.processes import make_process, over_the_range_of
+from jax_ddpm.diffusion.samplers.grid import GRIDS, Grid, to_clean
 from jax_ddpm.diffusion.samplers.loop import Sampler
-from jax_ddpm.diffusion.schedules import make_betas
+from jax_ddpm.diffusion.samplers.methods import METHODS
+from jax_ddpm.diffusion.thresholding import ClippedDenoiser
+from jax_ddpm.errors import UserError
 from jax_ddpm.models.classifier import ResNet
 from jax_ddpm.models.network import Network, make_network
 from jax_ddpm.models.unet import UNet
+from jax_ddpm.validation import validate_for_data
 
 SOURCES = {
     "digits": lambda data: digits(),
@@ -43,54 +48,135 @@ def make_source(config: ConfigDict) -> Source:
     return source
 
 
-def _module_fields(config: ConfigDict) -> dict[str, Any]:
-    """The section ``model`` as the networks take it."""
+def _module_fields(config: ConfigDict, module: type) -> dict[str, Any]:
+    """The fields of the section ``model`` that a network has."""
     fields = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
-    return {name: value for name, value in fields.items() if name != "class_conditional"}
+    known = {field.name for field in dataclasses.fields(module)}
+    return {name: value for name, value in fields.items() if name in known}
+
+
+class Companions(NamedTuple):
+    """What sampling takes from elsewhere than the model's own parameters.
+
+    Attributes:
+      guide: a worse denoiser for autoguidance, or log p(label | x_t) for classifier guidance.
+      num_classes: of that classifier.
+      eps_power: the statistic of the optimal variance.
+      record: which guide it is, as JSON.
+    """
+
+    guide: Any = None
+    num_classes: int = 0
+    eps_power: EpsPower | None = None
+    record: dict[str, Any] = {}  # noqa: RUF012
+
+
+ALONE = Companions()
 
 
 class Model:
-    """What training and sampling share: the process, the network and what its output means."""
+    """What training and sampling share: the process, the network and what its output means.
 
-    def __init__(self, config: ConfigDict, spec: Spec):
-        variance = config.parameterisation.variance
-        in_output = variance in ("learned", "learned_range")
+    Attributes:
+      process, parameterisation, network: of training.
+      num_classes: that the network is told of.
+      label_classes: that samples may be asked for, also where only a classifier guides to them.
+      sampling_process: that the sampler runs in, the same unless ``sampling.process`` says another.
+    """
+
+    def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
+        meaning, self._sampling = config.parameterisation, config.sampling
+        in_output = meaning.variance in ("learned", "learned_range")
         self.spec = spec
-        self.chain = Chain(make_betas(**config.process))
+        self.process = make_process(**config.process)
+        length = self.process.num_timesteps if isinstance(self.process, Chain) else 1
         self.parameterisation = Parameterisation(
-            self.chain,
-            config.parameterisation.target,
-            time_scale=1000 / self.chain.num_timesteps,
-            variance=variance if in_output else "none",
+            self.process,
+            meaning.target,
+            time_scale=1000 / length,
+            condition_on=meaning.condition_on,
+            data_std=meaning.data_std,
+            normalise_input=meaning.normalise_input,
+            variance=meaning.variance if in_output else "none",
         )
-        self.variance: ModelVariance = "learned" if in_output else variance
+        self.variance: ModelVariance = "learned" if in_output else meaning.variance
         self.num_classes = spec.num_classes if config.model.class_conditional else 0
+        self.label_classes = self.num_classes or companions.num_classes
+        self.self_condition = config.model.self_condition
         self.network: Network = make_network(
             UNet(
                 out_channels=spec.image_shape[-1] * (2 if in_output else 1),
                 num_classes=self.num_classes,
-                **_module_fields(config),
+                **_module_fields(config, UNet),
             ),
             jnp.zeros((1, *spec.image_shape)),
             jnp.zeros(1),
             {},
         )
-        self._clip = config.sampling.clip
-        self._num_steps = config.sampling.num_steps or self.chain.num_timesteps
-        self.guidance_scale = config.sampling.guidance_scale
+        self.sampling_process = self.process
+        if self._sampling.process:
+            self.sampling_process = over_the_range_of(self.process, self._sampling.process)
+        self._companions = companions
 
-    def denoiser(self, params: Any, guidance_scale: float = 1.0) -> Denoiser:
-        """The network with these parameters, as likelihoods and samplers see it."""
-        denoiser: Denoiser = NetworkDenoiser(params, self.network.apply, self.parameterisation)
-        if guidance_scale != 1:
-            denoiser = ClassifierFreeGuidance(denoiser, guidance_scale)
-        return ClippedDenoiser(denoiser, self.chain) if self._clip else denoiser
+    @property
+    def chain(self) -> Chain:
+        """The process, for what only a T-step chain has.
 
-    def sampler(self) -> Sampler:
-        """Ancestral sampling down the chain, or ``sampling.num_steps`` of its steps."""
-        last = self.chain.num_timesteps - 1
-        times = np.round(np.linspace(last, 0, self._num_steps))
-        return ancestral(self.chain, times, self.variance)
+        Raises:
+          UserError: where it is one of continuous time.
+        """
+        if isinstance(self.process, Chain):
+            return self.process
+        raise UserError(
+            "this model's process is no chain: it has no bound and no coding of T steps"
+        )
+
+    def denoiser(self, params: Any, clip: bool | None = None) -> Denoiser:
+        """The network with these parameters, as likelihoods see it.
+
+        ``clip`` the predicted x_0 to [-1, 1]: by default as ``sampling.clip`` says.
+        """
+        denoiser = NetworkDenoiser(params, self.network.apply, self.parameterisation)
+        clip = self._sampling.clip if clip is None else clip
+        return ClippedDenoiser(denoiser, self.process) if clip else denoiser
+
+    def guided_denoiser(self, params: Any) -> Denoiser:
+        """The network with these parameters and all that ``sampling`` puts around it."""
+        sampling = self._sampling
+        denoiser = self._guided(self.denoiser(params, clip=False))
+        if sampling.clip:
+            denoiser = ClippedDenoiser(denoiser, self.process)
+        if self.sampling_process is self.process:
+            return denoiser
+        return InProcess(denoiser, self.process, self.sampling_process)
+
+    def _guided(self, denoiser: Denoiser) -> Denoiser:
+        scale = self._sampling.guidance_scale
+        return denoiser if scale == 1 else ClassifierFreeGuidance(denoiser, scale)
+
+    def grid(self) -> Grid:
+        """Where sampling goes, from noise to clean data."""
+        sampling, process = self._sampling, self.sampling_process
+        if sampling.times:
+            return to_clean(process, np.array(sampling.times, float))
+        num_steps = sampling.num_steps
+        if isinstance(process, Chain):
+            num_steps = num_steps or process.num_timesteps
+        return to_clean(process, GRIDS[sampling.grid](process, num_steps))
+
+    def sampler(self, grid: Grid | None = None) -> Sampler:
+        """What ``sampling`` says, down its own grid or another."""
+        sampling, grid = self._sampling, grid or self.grid()
+        method = METHODS[sampling.sampler]
+        options = {
+            name: sampling[name] for name in method.options if sampling[name] not in (None, ())
+        }
+        if "variance" in method.options:
+            options["variance"] = options.get("variance", self.variance)
+            if options["variance"] == "optimal":
+                assert self._companions.eps_power is not None
+                options["variance"] = optimal_variance(grid, self._companions.eps_power)
+        return method.make(grid, **options)
 
 
 class Classifier:
@@ -99,7 +185,7 @@ class Classifier:
     def __init__(self, config: ConfigDict, spec: Spec):
         self.spec, self.num_classes = spec, spec.num_classes
         self.network: Network = make_network(
-            ResNet(num_classes=spec.num_classes, **_module_fields(config)),
+            ResNet(num_classes=spec.num_classes, **_module_fields(config, ResNet)),
             jnp.zeros((1, *spec.image_shape)),
         )
 

@@ -35,13 +35,22 @@ class Generator:
         split = NamedSharding(mesh, PartitionSpec("data"))
         by_snapshot = NamedSharding(mesh, PartitionSpec(None, "data"))
         sampler = model.sampler()
+        self.num_evaluations = sampler.num_evaluations
 
         def run(denoiser, seed, index, conditioning) -> Snapshots:
             prior_keys = example_keys(stream_key(seed, Stream.SAMPLE_PRIOR), index)
             step_keys = example_keys(stream_key(seed, Stream.SAMPLE_STEPS), index)
             x = jnp.zeros((batch_size, *model.spec.image_shape))
-            x = model.chain.prior_std * per_example_normal(prior_keys, x)
-            _, snapshots = sample(sampler, denoiser, x, step_keys, conditioning, num_snapshots)
+            x = model.sampling_process.prior_std * per_example_normal(prior_keys, x)
+            _, snapshots = sample(
+                sampler,
+                denoiser,
+                x,
+                step_keys,
+                conditioning,
+                num_snapshots,
+                model.self_condition,
+            )
             return snapshots
 
         self._run = jax.jit(
@@ -61,7 +70,7 @@ class Generator:
         Batches and ``poll`` are those of ``run_ahead``.
         """
         model, key = self._model, jax.random.key(seed)
-        denoiser = jax.device_put(model.denoiser(params, model.guidance_scale), self._whole)
+        denoiser = jax.device_put(model.guided_denoiser(params), self._whole)
 
         def launch(start: int) -> Snapshots:
             index = np.arange(start, start + self.batch_size, dtype=np.int32)
@@ -108,7 +117,7 @@ class Generator:
         Raises:
           UserError: where the model has no such class.
         """
-        classes = self._model.num_classes
+        classes = self._model.label_classes
         if label is not None and not 0 <= label < classes:
             raise UserError(
                 f"--class={label}: this model has classes 0 to {classes - 1}"
@@ -121,6 +130,6 @@ class Generator:
 
     def columns(self, num_samples: int, label: int | None = None) -> int:
         """Columns of a grid: a class in each, or about as many as rows."""
-        if self._model.num_classes and label is None:
-            return min(self._model.num_classes, _MAX_COLUMNS)
+        if self._model.label_classes and label is None:
+            return min(self._model.label_classes, _MAX_COLUMNS)
         return math.ceil(math.sqrt(num_samples))

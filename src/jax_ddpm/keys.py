@@ -27,6 +27,8 @@ class Stream(enum.IntEnum):
     BOUND = 9
     CODING = 10
     CALIBRATION = 11
+    SELF_CONDITION = 12
+    OPTIMAL_VARIANCE = 13
 
 
 def stream_key(seed: Any, stream: Stream) -> Any:

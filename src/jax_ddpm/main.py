@@ -1,9 +1,11 @@
-"""Trains, samples and measures from the command line.
+"""Trains, samples, edits and measures from the command line.
 
 python -m jax_ddpm.main --config=configs/digits.py
 python -m jax_ddpm.main --mode=check --config=configs/cifar10.py
 python -m jax_ddpm.main --mode=sample --workdir=runs/digits --num_samples=100 --out=more.png
+python -m jax_ddpm.main --mode=edit --workdir=runs/digits --images=mine --mask=mask.png
 python -m jax_ddpm.main --mode=eval --workdir=runs/digits --metrics=bpd
+python -m jax_ddpm.main --mode=variance --workdir=runs/digits
 python -m jax_ddpm.main --mode=fid_stats --config=configs/cifar10.py --out=cifar10.npz
 python -m jax_ddpm.main --mode=compare a.json b.json
 
@@ -41,8 +43,8 @@ def run_train(poll: Poll) -> pathlib.Path:
     workdir = _train_workdir()
     import jax
 
-    from jax_ddpm.config import validate
     from jax_ddpm.training.loop import train
+    from jax_ddpm.validation import validate
 
     validate(options.CONFIG.value, jax.device_count())
     return train(
@@ -85,6 +87,36 @@ def run_sample(poll: Poll) -> pathlib.Path:
     return out
 
 
+def run_edit(poll: Poll) -> pathlib.Path:
+    """Edits ``--images`` with the run in ``--workdir`` and returns what was written."""
+    from jax_ddpm.editing import Request, write_edits
+
+    if options.WORKDIR.value is None or options.IMAGES.value is None:
+        missing = "workdir" if options.WORKDIR.value is None else "images"
+        raise UserError(f"--{missing} is missing; editing takes --workdir=runs/x --images=folder")
+    out = options.OUT.value or f"{options.WORKDIR.value}/{options.EDIT.value}.png"
+    request = Request(
+        edit=options.EDIT.value,
+        images=pathlib.Path(options.IMAGES.value),
+        num_samples=options.NUM_SAMPLES.value or 4,
+        mask=pathlib.Path(options.MASK.value) if options.MASK.value else None,
+        factor=options.FACTOR.value,
+        strength=options.STRENGTH.value,
+        jump_length=options.JUMP_LENGTH.value,
+        resamplings=options.RESAMPLINGS.value,
+        label=options.CLASS.value,
+    )
+    write_edits(
+        _load(),
+        pathlib.Path(out),
+        request,
+        seed=options.SEED.value,
+        batch_size=options.SAMPLE_BATCH.value,
+        poll=poll,
+    )
+    return pathlib.Path(out)
+
+
 def _load() -> "Trained":
     """The run in ``--workdir``, to be sampled as the flags say."""
     from jax_ddpm.trained import load
@@ -92,8 +124,14 @@ def _load() -> "Trained":
     if options.EMA.value and options.RAW.value:
         raise UserError("--ema and --raw: give one of them")
     raw = bool(options.RAW.value) or options.EMA.value is False
-    fields = {"num_steps": options.NUM_STEPS.value, "guidance_scale": options.GUIDANCE_SCALE.value}
-    given = {name: value for name, value in fields.items() if value is not None}
+    fields = {
+        "sampler": options.SAMPLER.value,
+        "num_steps": options.NUM_STEPS.value,
+        "guidance_scale": options.GUIDANCE_SCALE.value,
+    }
+    given = config_flags.get_override_values(flags.FLAGS["sampling"]) | {
+        name: value for name, value in fields.items() if value is not None
+    }
     assert options.WORKDIR.value is not None
     return load(options.WORKDIR.value, options.CHECKPOINT_STEP.value, raw, **given)
 
@@ -131,6 +169,24 @@ def run_eval(poll: Poll) -> str:
     return f"{results}\n{path}"
 
 
+def run_variance(poll: Poll) -> pathlib.Path:
+    """Estimates what ``--sampling.variance=optimal`` needs, and stores it with the checkpoint."""
+    from jax_ddpm.evaluation.optimal_variance import store_eps_power
+
+    if options.WORKDIR.value is None:
+        raise UserError("--workdir is missing; for example --mode=variance --workdir=runs/digits")
+    trained, source = _load(), _source()
+    assert source is not None
+    return store_eps_power(
+        trained,
+        source,
+        pathlib.Path(options.WORKDIR.value),
+        options.NUM_EXAMPLES.value or 1000,
+        _batch_size(trained),
+        poll,
+    )
+
+
 def run_fid_stats(poll: Poll) -> pathlib.Path:
     """Moments of the features of real images, for ``--reference``, into ``--out``."""
     from jax_ddpm.evaluation.extractors import make_extractor
@@ -157,9 +213,9 @@ def run_fid_stats(poll: Poll) -> pathlib.Path:
 
 def _source() -> "Source | None":
     """The data of the run in ``--workdir``, or of ``--config``."""
-    from jax_ddpm.config import validate
     from jax_ddpm.factory import make_source
     from jax_ddpm.training.identity import load_identity
+    from jax_ddpm.validation import validate
 
     config, spec = options.CONFIG.value, None
     if options.WORKDIR.value:
@@ -199,7 +255,9 @@ def main(argv: list[str]) -> None:
         "train": run_train,
         "check": run_check,
         "sample": run_sample,
+        "edit": run_edit,
         "eval": run_eval,
+        "variance": run_variance,
         "fid_stats": run_fid_stats,
     }
     try:

@@ -3,13 +3,15 @@
 from absl import flags
 from ml_collections import config_flags
 
+from jax_ddpm.config import default
+
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file; set single fields with --config.section.field=value."
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; for training runs/<config name> by default."
 )
-MODES = ["train", "check", "sample", "eval", "fid_stats", "compare"]
+MODES = ["train", "check", "sample", "edit", "eval", "variance", "fid_stats", "compare"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 ACCEPT_CHANGES = flags.DEFINE_bool(
     "accept_changes", False, "Go on with a run although its config or data has changed in meaning."
@@ -31,11 +33,15 @@ PROGRESSIVE = flags.DEFINE_integer(
     "progressive", 1, "Show each image at this many moments of its making.", lower_bound=1
 )
 OUT = flags.DEFINE_string(
-    "out", None, "Samples: a .png for a grid, an .npz, or a folder. Results: a .json or .npz."
+    "out", None, "Samples: a .png grid, a .gif film, an .npz or a folder. Results: a .json or .npz."
 )
-NUM_STEPS = flags.DEFINE_integer(
-    "num_steps", None, "Steps of sampling; by default as in the run's config."
+SAMPLING = config_flags.DEFINE_config_dict(
+    "sampling",
+    default().sampling,
+    "How to sample: each field of the config's section, in place of what the run says.",
 )
+SAMPLER = flags.DEFINE_string("sampler", None, "Short for --sampling.sampler, such as dpmpp_2m.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Short for --sampling.num_steps.")
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", None, "Classifier-free: 0 unconditional, 1 conditional, more beyond it."
 )
@@ -58,7 +64,10 @@ SPLIT = flags.DEFINE_enum(
     "split", None, ["train", "heldout"], "Of the data: heldout for bpd, train for fid_stats."
 )
 NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples", None, "Measure bpd on this many of the split, all by default.", lower_bound=1
+    "num_examples",
+    None,
+    "Images of the split to measure bpd on, all by default; for --mode=variance 1,000 by default.",
+    lower_bound=1,
 )
 CALIBRATE = flags.DEFINE_bool(
     "calibrate", False, "Measure real images as well, as they are and with noise."
@@ -69,3 +78,19 @@ CACHE = flags.DEFINE_string(
 DATA_PATH = flags.DEFINE_string(
     "data_path", None, "Where the run's data lies now; by default where it did."
 )
+EDITS = ["inpaint", "colourise", "superres", "sdedit", "interpolate", "encode"]
+EDIT = flags.DEFINE_enum("edit", "inpaint", EDITS, "What to do to --images.")
+IMAGES = flags.DEFINE_string(
+    "images", None, "Images to edit: a folder of PNGs or an .npz, of the model's size."
+)
+MASK = flags.DEFINE_string(
+    "mask", None, "For inpaint: a PNG, white where images are made anew and black where kept."
+)
+FACTOR = flags.DEFINE_integer("factor", 2, "For superres: pixels along a block that is known.")
+STRENGTH = flags.DEFINE_float(
+    "strength", 0.5, "For sdedit, interpolate: fraction of the steps taken; 1 keeps least.", 0, 1
+)
+RESAMPLINGS = flags.DEFINE_integer(
+    "resamplings", 1, "RePaint: how often each stretch of steps is taken.", lower_bound=1
+)
+JUMP_LENGTH = flags.DEFINE_integer("jump_length", 10, "RePaint: steps in a stretch.", lower_bound=1)

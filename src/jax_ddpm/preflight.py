@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory
-from jax_ddpm.config import validate
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.errors import UserError
 from jax_ddpm.stopping import Poll, never
@@ -21,6 +20,7 @@ from jax_ddpm.training.identity import require_same_run
 from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, data_mesh, replicate
+from jax_ddpm.validation import validate
 
 
 class Preflight:

@@ -1,4 +1,4 @@
-"""Samples into files: a grid, or any number into a folder or ``.npz``, resumed where killed."""
+"""Samples into files: a grid, a film, or any number into a folder or ``.npz``, resumable."""
 
 import json
 import pathlib
@@ -19,6 +19,8 @@ from jax_ddpm.trained import Trained
 # The first sample of each batch wanted → that number and the batch's images.
 Draw = Callable[[Iterable[int]], Iterator[tuple[int, UInt8[np.ndarray, "b h w c"]]]]
 
+_FILES = (".png", ".gif", ".npz")
+
 
 def write_samples(
     trained: Trained,
@@ -31,37 +33,46 @@ def write_samples(
     moments: int = 1,
     poll: Poll = never,
 ) -> None:
-    """Samples 0, …, num_samples-1 into ``out``: a ``.png`` grid, an ``.npz``, or else a folder.
+    """Samples 0, …, num_samples-1 into ``out``: a grid ``.png``, an ``.npz``, or else a folder.
 
-    ``moments`` > 1 shows in a grid how each image is made: x_t above the x_0 predicted from it.
+    ``moments`` > 1 shows in a grid how each image is made: x_t above the x_0 predicted from it. A
+    ``.gif`` is a film of the grid of x_t at so many moments, 40 by default.
 
     Raises:
       UserError: where ``out`` cannot be what is asked for.
     """
-    if out.suffix in (".png", ".npz") and out.is_dir():
+    if out.suffix in _FILES and out.is_dir():
         raise UserError(f"--out={out} is a folder; give the name of a file")
-    if out.suffix not in (".png", ".npz") and (out.is_file() or out.suffix[1:].isalpha()):
-        raise UserError(f"--out={out}: give a .png, an .npz, or a folder")
-    num_steps = trained.record["num_steps"]
-    if moments > 1 and (moments > num_steps or out.suffix != ".png"):
-        raise UserError(f"--progressive={moments}: needs a .png and at most {num_steps} moments")
+    if out.suffix not in _FILES and (out.is_file() or out.suffix[1:].isalpha()):
+        raise UserError(f"--out={out}: give a .png, a .gif, an .npz, or a folder")
+    evaluations, film = trained.model.sampler().num_evaluations, out.suffix == ".gif"
+    if moments > 1 and (moments > evaluations or out.suffix not in (".png", ".gif")):
+        raise UserError(
+            f"--progressive={moments}: needs a .png or .gif and at most {evaluations} moments"
+        )
+    if film and moments == 1:
+        moments = min(40, evaluations)
     size = min(batch_size or trained.config.sampling.batch_size, num_samples)
     generator = trained.generator(size, moments)
     everything = np.arange(num_samples, dtype=np.int32)
     labels = generator.labels(everything, label)
-    if out.suffix == ".png":
+    if film or out.suffix == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass  # refused now rather than when all is drawn
 
-    if moments > 1:
+    columns = generator.columns(num_samples, label)
+    if film or moments > 1:
         x, x0 = generator.snapshots(trained.params, seed, num_samples, label, poll)
+        if film:
+            images.save_gif(out, x, columns)
+            return
         pairs = np.stack([x, x0]).transpose(2, 0, 1, 3, 4, 5)  # image, x_t or x_0, moment
         images.save_grid(out, pairs.reshape(-1, *x.shape[2:]), columns=moments)
         return
     if out.suffix == ".png":
         x = generator(trained.params, seed, num_samples, label, poll)
-        images.save_grid(out, x, generator.columns(num_samples, label))
+        images.save_grid(out, x, columns)
         return
 
     def draw(starts):

@@ -1,6 +1,6 @@
 """A trained model, read from the folder of its run."""
 
-import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -10,13 +10,19 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images
-from jax_ddpm.config import validate_sampling
+from jax_ddpm.config import default
 from jax_ddpm.data.source import Spec
+from jax_ddpm.diffusion.denoiser import InProcess
+from jax_ddpm.diffusion.optimal_variance import EpsPower
+from jax_ddpm.diffusion.processes import CONTINUOUS
 from jax_ddpm.errors import UserError
+from jax_ddpm.factory import Companions
 from jax_ddpm.generate import Generator
 from jax_ddpm.training import checkpoint
+from jax_ddpm.training.checkpoint import digest
 from jax_ddpm.training.identity import load_identity
 from jax_ddpm.training.step import data_mesh
+from jax_ddpm.validation import validate_sampling
 
 
 class Trained:
@@ -27,10 +33,20 @@ class Trained:
       step: of the checkpoint.
       item: "ema" for averaged parameters, "params" for raw ones.
       model, params: the network's functions and its parameters as NumPy arrays.
+      model_record, record: what decides a prediction, and a sample besides seed and class, as JSON.
     """
 
-    def __init__(self, config: ConfigDict, spec: Spec, step: int, item: str, params: Any):
+    def __init__(
+        self,
+        config: ConfigDict,
+        spec: Spec,
+        step: int,
+        item: str,
+        params: Any,
+        companions: Companions = factory.ALONE,
+    ):
         self.config, self.spec, self.step, self.item, self.params = config, spec, step, item, params
+        self.model = factory.Model(config, spec, companions)
         self._record = {
             "parameters": item,
             "checkpoint_step": step,
@@ -38,19 +54,18 @@ class Trained:
             "process": config.process.to_dict(),
             "parameterisation": config.parameterisation.to_dict(),
             "clip": config.sampling.clip,
-            "sampler": "ancestral",
-            "num_steps": config.sampling.num_steps or config.process.num_timesteps,
-            "guidance_scale": config.sampling.guidance_scale,
             "dtype": config.model.dtype,
         }
-        self.model = factory.Model(config, spec)
-
+        self._sampling_record = sampling_record(config) | companions.record
         self._generators: dict[tuple[int, int], Generator] = {}
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What decides a sample besides seed and class, as JSON."""
+    def model_record(self) -> dict[str, Any]:
         return self._record | {"random_numbers": str(jax.random.key_impl(jax.random.key(0)))}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.model_record | self._sampling_record
 
     def generator(self, batch_size: int, num_snapshots: int = 1) -> Generator:
         """The sampler for batches of this size over all devices, compiled at its first use."""
@@ -95,6 +110,13 @@ def load(
     config.sampling.update(sampling)
     validate_sampling(config)
     item = "params" if raw else "ema"
+    step = _step(workdir, step, item)
+    params = checkpoint.restore_item(workdir, step, item)["network"]
+    companions = _companions(config, spec, workdir, step, item)
+    return Trained(config, spec, step, item, params, companions)
+
+
+def _step(workdir: pathlib.Path, step: int | None, item: str) -> int:
     known = checkpoint.steps(workdir)
     if step is None:
         step = checkpoint.newest(workdir, [item])
@@ -104,14 +126,76 @@ def load(
         raise UserError(
             f"--checkpoint_step={step}: {workdir} has checkpoints at {', '.join(map(str, known))}"
         )
-    return Trained(
-        config, spec, step, item, checkpoint.restore_item(workdir, step, item)["network"]
+    return step
+
+
+def sampling_record(config: ConfigDict) -> dict[str, Any]:
+    """How samples are drawn, as JSON: sampler, steps and scale, and what else is set."""
+    sampling, usual = config.sampling, default().sampling
+    own_steps = config.process.name not in CONTINUOUS and not sampling.process
+    steps = sampling.num_steps or (config.process.num_timesteps if own_steps else 0)
+    always = {"sampler": sampling.sampler, "guidance_scale": sampling.guidance_scale}
+    passed_over = (*always, "num_steps", "num_samples", "batch_size", "clip", "guide", "guide_step")
+    return (
+        always
+        | {"num_steps": len(sampling.times) or steps}
+        | {
+            name: value
+            for name, value in sampling.to_dict().items()
+            if name not in passed_over and value != usual[name]
+        }
     )
 
 
-def digest(params: Any) -> str:
-    """Tells parameters apart, wherever their run lies."""
-    sha256 = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        sha256.update(np.ascontiguousarray(leaf).tobytes())
-    return sha256.hexdigest()
+def _companions(
+    config: ConfigDict, spec: Spec, workdir: pathlib.Path, step: int, item: str
+) -> Companions:
+    """What ``config.sampling`` names beside the model itself."""
+    sampling = config.sampling
+    companions = factory.ALONE
+    if sampling.variance == "optimal":
+        companions = companions._replace(eps_power=load_eps_power(workdir, step, item))
+    if sampling.guidance == "autoguidance":
+        guide = load(sampling.guide, sampling.guide_step or None, item == "params")
+        _require_same_shape(spec, guide.spec, sampling.guide)
+        return companions._replace(
+            guide=InProcess(
+                guide.model.denoiser(guide.params, clip=False),
+                guide.model.process,
+                factory.make_process(**config.process),
+            ),
+            record={"guide_sha256": guide.model_record["sha256"]},
+        )
+    return companions
+
+
+def _require_same_shape(spec: Spec, other: Spec, guide: str) -> None:
+    if spec.image_shape != other.image_shape:
+        raise UserError(
+            f"config.sampling.guide={guide} is of {other.identity} with images of "
+            f"{other.image_shape}, not {spec.image_shape}: take a guide of the same data"
+        )
+
+
+def eps_power_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:
+    """Where the statistic of a checkpoint's optimal variance lies."""
+    return checkpoint.folder(workdir) / str(step) / f"eps_power_{item}.json"
+
+
+def load_eps_power(workdir: pathlib.Path, step: int, item: str) -> EpsPower:
+    """The statistic that ``--mode=variance`` has stored with a checkpoint.
+
+    Raises:
+      UserError: where it has not.
+    """
+    path = eps_power_path(workdir, step, item)
+    try:
+        stored = json.loads(path.read_text())
+        return EpsPower(np.array(stored["log_snr"]), np.array(stored["power"]))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"config.sampling.variance=optimal: {path} is missing; make it by "
+            f"--mode=variance --workdir={workdir}"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged; make it anew by --mode=variance") from error

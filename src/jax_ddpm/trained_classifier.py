@@ -13,8 +13,8 @@ from jax_ddpm.data.plan import padded_batches
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.images import from_levels
-from jax_ddpm.trained import digest
 from jax_ddpm.training import checkpoint
+from jax_ddpm.training.checkpoint import digest
 from jax_ddpm.training.identity import load_identity
 
 _BATCH_SIZE = 256

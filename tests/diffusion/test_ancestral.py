@@ -18,6 +18,7 @@ from jax_ddpm.diffusion.denoiser import NetworkDenoiser
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.ancestral import AncestralNode, ancestral
+from jax_ddpm.diffusion.samplers.grid import to_clean
 from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.diffusion.schedules import make_betas
 
@@ -118,7 +119,7 @@ class TestSteps:
     @pytest.mark.parametrize("variance", VARIANCES)
     def test_are_the_papers(self, chain, variance):
         paper = Paper(chain.betas)
-        sampler = ancestral(chain, descending(1000), as_given(variance, paper))
+        sampler = ancestral(to_clean(chain, descending(1000)), as_given(variance, paper))
         actual = read_off(sampler, learned(GaussianDenoiser(MEAN, VAR, chain)))
         expected = paper.steps(paper.variance(variance))
         for name in Affine._fields:
@@ -131,7 +132,7 @@ class TestSteps:
     def test_fixedsmall_shrinks_the_data(self, num_timesteps, shrinkage):
         """β̃ leaves out what x_t does not tell of x_0; at variance ¼ these are the factors."""
         chain = Chain(make_betas("linear", num_timesteps))
-        sampler = ancestral(chain, descending(num_timesteps), "fixedsmall")
+        sampler = ancestral(to_clean(chain, descending(num_timesteps)), "fixedsmall")
         steps = read_off(sampler, GaussianDenoiser(MEAN, VAR, chain))
         mean, variance = steps.moments(0.0, 1.0)[:, -1]
         np.testing.assert_allclose(variance / VAR, shrinkage, atol=5e-4)
@@ -142,7 +143,7 @@ class TestSteps:
         """From q(x_T) every x_t has the moments of q(x_t), and x_0 the data's, in any few steps."""
         chain = Chain(make_betas("cosine", num_timesteps))
         paper = Paper(chain.betas)
-        sampler = ancestral(chain, descending(num_timesteps), paper.optimal[::-1])
+        sampler = ancestral(to_clean(chain, descending(num_timesteps)), paper.optimal[::-1])
         steps = read_off(sampler, GaussianDenoiser(MEAN, VAR, chain))
         start = np.sqrt(paper.alpha_bar[-1]) * MEAN, paper.marginal[-1]
         mean, variance = steps.moments(*start)
@@ -152,7 +153,7 @@ class TestSteps:
 
     def test_a_given_variance_of_zero_draws_nothing(self):
         chain = Chain(make_betas("linear", 100))
-        sampler = ancestral(chain, descending(100), np.zeros(100))
+        sampler = ancestral(to_clean(chain, descending(100)), np.zeros(100))
         steps = read_off(sampler, GaussianDenoiser(MEAN, VAR, chain))
         np.testing.assert_array_equal(steps.noise, 0)
 
@@ -167,14 +168,14 @@ class TestSteps:
             return jnp.concatenate([x, log_variance(time[:, None])], axis=-1)
 
         denoiser = NetworkDenoiser((), network, Parameterisation(chain, "x0", variance="learned"))
-        steps = read_off(ancestral(chain, descending(1000), "learned"), denoiser)
+        steps = read_off(ancestral(to_clean(chain, descending(1000)), "learned"), denoiser)
         expected = np.exp(log_variance(descending(1000)[:-1]) / 2)
         np.testing.assert_allclose(steps.noise[:-1], expected, rtol=1e-6)
 
 
 class TestNodes:
     def test_of_the_full_chain_are_its_posterior(self, chain):
-        nodes = ancestral(chain, descending(1000), "fixedsmall").nodes
+        nodes = ancestral(to_clean(chain, descending(1000)), "fixedsmall").nodes
         np.testing.assert_array_equal(nodes.time, descending(1000))
         for actual, expected in (
             (nodes.coef_x0, chain.posterior.coef_x0),
@@ -190,7 +191,7 @@ class TestNodes:
         times = descending(1000, stride)
         alpha_bar = chain.alpha_bar[times[::-1].astype(int)]
         respaced = Chain(1 - alpha_bar / np.append(1, alpha_bar[:-1]))
-        nodes = ancestral(chain, times, "fixedlarge").nodes
+        nodes = ancestral(to_clean(chain, times), "fixedlarge").nodes
         np.testing.assert_array_equal(nodes.time, times)
         for actual, expected in (
             (nodes.coef_x0, respaced.posterior.coef_x0),
@@ -203,7 +204,7 @@ class TestNodes:
 
 SHORT = Chain(make_betas("linear", 100))
 DENOISER = GaussianDenoiser(MEAN, VAR, SHORT)
-SAMPLER = ancestral(SHORT, descending(100), "fixedsmall")
+SAMPLER = ancestral(to_clean(SHORT, descending(100)), "fixedsmall")
 TRACES = []
 
 
@@ -230,7 +231,7 @@ class TestSampling:
     @pytest.mark.parametrize("variance", ["fixedsmall", "fixedlarge", "optimal"])
     def test_moments_follow_the_recursion(self, x, keys, variance):
         paper = Paper(SHORT.betas)
-        nodes = ancestral(SHORT, descending(100), as_given(variance, paper)).nodes
+        nodes = ancestral(to_clean(SHORT, descending(100)), as_given(variance, paper)).nodes
         samples, _ = run(x, keys, nodes)
         mean, var = paper.steps(paper.variance(variance)).moments(0.0, 1.0)[:, -1]
         np.testing.assert_allclose(samples.mean(), mean, atol=4 * np.sqrt(var / x.size))
@@ -277,7 +278,7 @@ class TestSampling:
 
         def temporary_bytes(num_timesteps):
             chain = Chain(make_betas("linear", num_timesteps))
-            sampler = ancestral(chain, descending(num_timesteps), "fixedsmall")
+            sampler = ancestral(to_clean(chain, descending(num_timesteps)), "fixedsmall")
             draw = jax.jit(lambda d, x, keys: sample(sampler, d, x, keys, {}, num_snapshots=3))
             compiled = draw.lower(GaussianDenoiser(MEAN, VAR, chain), x, keys).compile()
             return compiled.memory_analysis().temp_size_in_bytes

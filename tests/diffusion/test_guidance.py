@@ -1,4 +1,7 @@
-"""Guidance of classes of Gaussians, whose every score is known in closed form."""
+"""Guidance of classes of Gaussians, whose every score is known in closed form.
+
+Classifier guidance has a file of its own.
+"""
 
 import dataclasses
 from functools import partial
@@ -11,15 +14,26 @@ import pytest
 import tiny
 from exact import GaussianDenoiser
 from jax.scipy.special import logsumexp
+from scipy.integrate import solve_ivp
 
 from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.denoiser import ClippedDenoiser, Denoiser
-from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
+from jax_ddpm.diffusion.continuous import vp_linear
+from jax_ddpm.diffusion.denoiser import Denoiser
+from jax_ddpm.diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    Guidance,
+    GuidanceInterval,
+    RescaledGuidance,
+)
 from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, expand, q_sample
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
+from jax_ddpm.diffusion.samplers.ddim import ddim
+from jax_ddpm.diffusion.samplers.grid import log_snr_uniform, to_clean
 from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.diffusion.schedules import make_betas
+from jax_ddpm.diffusion.thresholding import ClippedDenoiser
 
 pytestmark = pytest.mark.usefixtures("x64")
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
@@ -44,7 +58,8 @@ def log_density(x, t, label=None):
 class ClassDenoiser:
     """The exact denoiser of x_0 ~ N(means[label], var), and without a label of their mixture.
 
-    The fraction of the variance tells which of the two was asked.
+    A label after the last is the null label. The fraction of the variance tells which of the two
+    was asked.
     """
 
     means: jax.Array
@@ -59,9 +74,11 @@ class ClassDenoiser:
         mixture = jnp.sum(jax.nn.softmax(log_p) * means, axis=-1)
         mean, dropped = mixture, jnp.ones_like(xt)
         if "label" in conditioning:
+            label = conditioning["label"]
             mask = conditioning.get("label_drop", jnp.zeros(len(xt), bool))
-            dropped = expand(mask.astype(xt.dtype), xt) * dropped
-            mean = jnp.where(dropped == 1, mixture, expand(self.means[conditioning["label"]], xt))
+            mask = (mask | (label == len(self.means))).astype(xt.dtype)
+            dropped = expand(mask, xt) * dropped
+            mean = jnp.where(dropped == 1, mixture, expand(self.means[label], xt))
         whitened = (xt - alpha * mean) / variance
         x0, eps = mean + alpha * VAR * whitened, sigma * whitened
         return Prediction(x0, eps, dropped)
@@ -100,8 +117,37 @@ def batch(rng):
     return Batch(xt, t, {"label": jnp.asarray(label, jnp.int32)})
 
 
-def test_is_a_denoiser(denoiser):
-    assert isinstance(ClassifierFreeGuidance(denoiser, 2.0), Denoiser)
+def noise_level(t):
+    """σ/α."""
+    t = np.array([float(t)])
+    return (CHAIN.sigma(t) / CHAIN.alpha(t)).item()
+
+
+KINDS = {
+    "classifier_free": lambda model: ClassifierFreeGuidance(model, 2.5),
+    "negative": lambda model: ClassifierFreeGuidance(model, 2.5, {"label": jnp.ones(1, jnp.int32)}),
+    "auto": lambda model: AutoGuidance(model, ClassDenoiser(model.means + 0.1, CHAIN), 2.5),
+    "rescaled": lambda model: RescaledGuidance(ClassifierFreeGuidance(model, 2.5), CHAIN, 0.7),
+    "interval": lambda model: GuidanceInterval(
+        ClassifierFreeGuidance(model, 2.5), CHAIN, noise_level(10), noise_level(60)
+    ),
+}
+every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+
+
+@every_kind
+def test_is_a_denoiser(make, denoiser):
+    guided = make(denoiser)
+    assert isinstance(guided, Denoiser)
+    assert guided.denoiser is denoiser if isinstance(guided, Guidance) else guided.guidance
+
+
+@every_kind
+def test_every_kind_leaves_xt_made_of_x0_and_eps(make, denoiser, batch):
+    guided = run(make(denoiser), batch)
+    assert np.any(guided.eps != run(denoiser, batch).eps)
+    rebuilt = q_sample(CHAIN, guided.x0, batch.t, guided.eps)
+    np.testing.assert_allclose(rebuilt, batch.xt, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -170,20 +216,22 @@ def test_without_a_learned_variance_there_is_none(batch):
     np.testing.assert_allclose(guided.eps, run(plain, batch).eps, atol=1e-13)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
-def test_a_time_for_all_is_the_same_as_one_for_each(denoiser, batch, scale):
-    guidance = ClassifierFreeGuidance(denoiser, scale)
-    whole = run(guidance, batch._replace(t=jnp.array(20.0)))
-    each = run(guidance, batch._replace(t=jnp.full(6, 20.0)))
+@every_kind
+@pytest.mark.parametrize("t", [5.0, 20.0])
+def test_a_time_for_all_is_the_same_as_one_for_each(make, denoiser, batch, t):
+    whole = run(make(denoiser), batch._replace(t=jnp.array(t)))
+    each = run(make(denoiser), batch._replace(t=jnp.full(6, t)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), whole, each)
 
 
-def test_examples_do_not_touch_each_other(denoiser, batch):
-    """In reverse order each is what it was, and a change to one changes it alone."""
-    guidance = ClassifierFreeGuidance(denoiser, 2.5)
+@every_kind
+def test_examples_do_not_touch_each_other(make, denoiser, batch):
+    """In parts of the batch each is what it was, and a change to one changes it alone."""
+    guidance = make(denoiser)
     plain = run(guidance, batch)
-    back = run(guidance, jax.tree.map(lambda x: x[::-1], batch))
-    np.testing.assert_allclose(back.eps[::-1], plain.eps, rtol=1e-12)
+    for part in (slice(None, None, -1), slice(2), slice(5, None)):
+        alone = run(guidance, jax.tree.map(lambda x, part=part: x[part], batch))
+        np.testing.assert_allclose(alone.eps, plain.eps[part], rtol=1e-12)
     changed = {"label": batch.given["label"].at[2].add(-1)}
     other = run(guidance, batch._replace(given=changed))
     differs = np.any(np.asarray(other.eps != plain.eps), axis=1)
@@ -208,14 +256,221 @@ def test_every_conditioning_is_dropped_together(batch):
         np.testing.assert_array_equal(seen[name], np.arange(12) >= 6)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
-def test_new_parameters_do_not_recompile(denoiser, batch, scale):
-    first = run(ClassifierFreeGuidance(denoiser, scale), batch)
+def test_the_estimate_of_a_self_conditioned_network_is_told_to_both(batch):
+    """It is no part of what is guided by: never dropped, and left at scale 0."""
+    seen = {}
+
+    def denoiser(xt, t, conditioning):
+        seen.clear()
+        seen.update(conditioning)
+        return Prediction(xt, xt)
+
+    xt, t, given = batch
+    given = given | {"x0_estimate": 2 * xt}
+    ClassifierFreeGuidance(denoiser, 2.0)(xt, t, given)
+    assert seen.keys() == {"label", "label_drop", "x0_estimate"}
+    np.testing.assert_array_equal(seen["x0_estimate"], np.concatenate([2 * xt, 2 * xt]))
+    ClassifierFreeGuidance(denoiser, 0.0)(xt, t, given)
+    assert seen.keys() == {"x0_estimate"}
+    np.testing.assert_array_equal(seen["x0_estimate"], 2 * xt)
+
+
+@every_kind
+def test_new_parameters_do_not_recompile(make, denoiser, batch):
+    first = run(make(denoiser), batch)
     CALLS.clear()
-    other = ClassDenoiser(jnp.asarray(MEANS + 0.1), CHAIN)
-    second = run(ClassifierFreeGuidance(other, scale), batch)
+    second = run(make(ClassDenoiser(jnp.asarray(MEANS + 0.1), CHAIN)), batch)
     assert not CALLS
     assert np.all(np.asarray(second.eps != first.eps))
+
+
+class TestNegative:
+    """Something else is told in place of nothing."""
+
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_null_label_is_no_label(self, denoiser, batch, scale):
+        null = {"label": jnp.full(6, 3, jnp.int32)}
+        guided = run(ClassifierFreeGuidance(denoiser, scale, null), batch)
+        expected = run(ClassifierFreeGuidance(denoiser, scale), batch)
+        np.testing.assert_allclose(guided.eps, expected.eps, atol=1e-13)
+        np.testing.assert_allclose(guided.x0, expected.x0, atol=1e-13)
+
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_leads_away_from_another_class(self, denoiser, batch, scale):
+        others = {"label": (batch.given["label"] + 1) % 3}
+        away, towards = run(denoiser, batch._replace(given=others)), run(denoiser, batch)
+        guided = run(ClassifierFreeGuidance(denoiser, scale, others), batch)
+        for name in ("x0", "eps"):
+            n, c = getattr(away, name), getattr(towards, name)
+            np.testing.assert_allclose(getattr(guided, name), (1 - scale) * n + scale * c)
+
+    @pytest.mark.parametrize("scale", [0.0, 2.0])
+    def test_one_for_all_is_one_for_each(self, denoiser, batch, scale):
+        one, each = jnp.array([1], jnp.int32), jnp.ones(6, jnp.int32)
+        for_all = run(ClassifierFreeGuidance(denoiser, scale, {"label": one}), batch)
+        for_each = run(ClassifierFreeGuidance(denoiser, scale, {"label": each}), batch)
+        jax.tree.map(np.testing.assert_array_equal, for_all, for_each)
+
+    def test_what_one_half_is_not_told_is_dropped_from_it(self, batch):
+        seen = {}
+
+        def denoiser(xt, t, conditioning):
+            seen.update(conditioning)
+            return Prediction(xt, xt)
+
+        negative = {"label": jnp.full(6, 2, jnp.int32), "text": jnp.ones((1, 4))}
+        xt, t, given = batch
+        ClassifierFreeGuidance(denoiser, 2.0, negative)(xt, t, given | {"size": jnp.zeros(6)})
+        first = np.arange(12) < 6
+        np.testing.assert_array_equal(seen["label"], np.append(given["label"], [2] * 6))
+        assert not seen["label_drop"].any()
+        assert np.all(seen["text"] == 1)
+        np.testing.assert_array_equal(seen["text_drop"], first)
+        np.testing.assert_array_equal(seen["size_drop"], ~first)
+
+
+class TestAutoGuidance:
+    """By a worse model."""
+
+    @pytest.fixture
+    def worse(self):
+        return ClassDenoiser(jnp.asarray(0.5 * MEANS), CHAIN)
+
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_by_itself_changes_nothing(self, denoiser, batch, scale):
+        guided = run(AutoGuidance(denoiser, denoiser, scale), batch)
+        jax.tree.map(np.testing.assert_array_equal, guided, run(denoiser, batch))
+
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_by_the_unconditional_model_is_classifier_free_guidance(self, denoiser, batch, scale):
+        unconditional = ClassifierFreeGuidance(denoiser, 0.0)
+        guided = run(AutoGuidance(denoiser, unconditional, scale), batch)
+        expected = run(ClassifierFreeGuidance(denoiser, scale), batch)
+        np.testing.assert_allclose(guided.eps, expected.eps, atol=1e-13)
+        np.testing.assert_allclose(guided.x0, expected.x0, atol=1e-13)
+
+    def test_scale_0_and_1_are_the_models_themselves(self, denoiser, worse, batch):
+        for scale, alone in ((0.0, worse), (1.0, denoiser)):
+            guidance = AutoGuidance(denoiser, worse, scale)
+            assert len(calls(guidance, batch)) == 1
+            jax.tree.map(np.testing.assert_array_equal, run(guidance, batch), run(alone, batch))
+
+    def test_leads_away_from_the_worse_model(self, denoiser, worse, batch):
+        model, guide = run(denoiser, batch), run(worse, batch)
+        guided = run(AutoGuidance(denoiser, worse, 3.0), batch)
+        np.testing.assert_allclose(guided.x0, guide.x0 + 3 * (model.x0 - guide.x0), atol=1e-12)
+        np.testing.assert_allclose(guided.eps, guide.eps + 3 * (model.eps - guide.eps), atol=1e-12)
+
+
+class TestRescaled:
+    """To the contrast of the conditional model."""
+
+    @pytest.fixture
+    def images(self, batch, rng):
+        """Of 4×3 pixels and two channels."""
+        return batch._replace(xt=jnp.asarray(rng.standard_normal((6, 4, 3, 2))))
+
+    @pytest.fixture
+    def guidance(self, denoiser):
+        return ClassifierFreeGuidance(denoiser, 4.0)
+
+    @staticmethod
+    def std(prediction):
+        """Of each example."""
+        return np.std(np.asarray(prediction.x0).reshape(6, -1), axis=1)
+
+    def test_phi_1_restores_the_conditional_models_standard_deviation(
+        self, denoiser, guidance, images
+    ):
+        conditional, guided = run(denoiser, images), run(guidance, images)
+        rescaled = run(RescaledGuidance(guidance, CHAIN, 1.0), images)
+        assert np.all(np.abs(self.std(guided) / self.std(conditional) - 1) > 1e-3)
+        np.testing.assert_allclose(self.std(rescaled), self.std(conditional), rtol=1e-12)
+
+    def test_phi_0_changes_nothing(self, guidance, images):
+        rescaled = run(RescaledGuidance(guidance, CHAIN, 0.0), images)
+        jax.tree.map(np.testing.assert_array_equal, rescaled, run(guidance, images))
+
+    @pytest.mark.parametrize("phi", [0.3, 0.7])
+    def test_phi_leads_from_the_guided_x0_to_the_rescaled_one(self, guidance, images, phi):
+        none, some, all_ = (
+            run(RescaledGuidance(guidance, CHAIN, share), images).x0 for share in (0.0, phi, 1.0)
+        )
+        np.testing.assert_allclose(some, (1 - phi) * none + phi * all_, atol=1e-12)
+
+    def test_scale_1_has_nothing_to_restore(self, denoiser, images):
+        guidance = RescaledGuidance(ClassifierFreeGuidance(denoiser, 1.0), CHAIN, 0.7)
+        assert len(calls(guidance, images)) == 1
+        np.testing.assert_allclose(run(guidance, images).x0, run(denoiser, images).x0, rtol=1e-14)
+
+    def test_costs_no_pass(self, guidance, images):
+        rescaled = RescaledGuidance(guidance, CHAIN, 0.7)
+        assert calls(rescaled, images) == calls(guidance, images)
+
+    @pytest.mark.parametrize("phi", [-0.1, 1.1])
+    def test_refuses_more_than_all(self, guidance, phi):
+        with pytest.raises(ValueError, match="phi"):
+            RescaledGuidance(guidance, CHAIN, phi)
+
+
+class TestInterval:
+    """From after t = 20 up to t = 50."""
+
+    @pytest.fixture
+    def interval(self, denoiser):
+        guidance = ClassifierFreeGuidance(denoiser, 4.0)
+        return GuidanceInterval(guidance, CHAIN, noise_level(20), noise_level(50))
+
+    @pytest.mark.parametrize(("t", "guided"), [(20, False), (21, True), (50, True), (51, False)])
+    def test_is_guided_inside_and_the_conditional_model_outside(
+        self, denoiser, interval, batch, t, guided
+    ):
+        expected = interval.guidance if guided else denoiser
+        now = batch._replace(t=jnp.array(float(t)))
+        jax.tree.map(np.testing.assert_array_equal, run(interval, now), run(expected, now))
+
+    def test_each_example_has_its_own_time(self, denoiser, interval, batch):
+        now = batch._replace(t=jnp.array([20.0, 21, 50, 51, 0, 99]))
+        is_guided = np.array([False, True, True, False, False, False])[:, None]
+        guided, plain = run(interval.guidance, now), run(denoiser, now)
+        expected = np.where(is_guided, guided.eps, plain.eps)
+        np.testing.assert_array_equal(run(interval, now).eps, expected)
+
+    def test_steps_outside_cost_one_pass(self, interval, batch):
+        """Counted as they run: 30 of 100 steps are guided, at twice the batch."""
+        sizes = []
+
+        @jax.tree_util.register_dataclass
+        @dataclasses.dataclass(frozen=True)
+        class Counted:
+            denoiser: ClassDenoiser
+
+            def __call__(self, xt, t, conditioning):
+                jax.debug.callback(lambda: sizes.append(len(xt)))
+                return self.denoiser(xt, t, conditioning)
+
+        guidance = ClassifierFreeGuidance(Counted(interval.guidance.denoiser), 4.0)
+        counted = dataclasses.replace(interval, guidance=guidance)
+        sampler = ddim(to_clean(CHAIN, np.arange(99.0, -1, -1)))
+        keys = jax.random.split(jax.random.key(0), 6)
+        jax.jit(partial(sample, sampler))(counted, batch.xt, keys, batch.given)
+        jax.effects_barrier()
+        assert (sizes.count(6), sizes.count(12)) == (70, 30)
+
+    @pytest.mark.parametrize(("high", "guided"), [(1e9, False), (np.inf, True)])
+    def test_pure_noise_lies_at_infinity(self, denoiser, batch, high, guided):
+        chain = Chain(np.append(CHAIN.betas[:-1], 1.0))
+        model = ClassDenoiser(denoiser.means, chain)
+        guidance = ClassifierFreeGuidance(model, 4.0)
+        now = batch._replace(t=jnp.array(99.0))
+        result = run(GuidanceInterval(guidance, chain, 0.0, high), now)
+        expected = run(guidance if guided else model, now)
+        np.testing.assert_array_equal(result.x0, expected.x0)
+
+    @pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (-1.0, 1.0)])
+    def test_refuses_what_is_no_interval(self, interval, ends):
+        with pytest.raises(ValueError, match="interval"):
+            GuidanceInterval(interval.guidance, CHAIN, *ends)
 
 
 def test_clips_what_is_guided(denoiser, batch):
@@ -249,7 +504,7 @@ def test_guided_samples_have_the_moments_of_the_recursion(rng, scale, stride):
     """x_s = c_0·(u + scale·(c - u)) + c_t·x_t + √β̃·z with both posterior means of Gaussians."""
     wide, label, count = 1.0, 2, 20_000
     times = np.arange(99, -1, -stride, dtype=float)
-    sampler = ancestral(CHAIN, times, "fixedsmall")
+    sampler = ancestral(to_clean(CHAIN, times), "fixedsmall")
     guidance = ClassifierFreeGuidance(WideDenoiser(wide, CHAIN), scale)
     x = jnp.asarray(rng.standard_normal((count, 1)))
     keys = jax.random.split(jax.random.key(0), count)
@@ -273,3 +528,29 @@ def test_guided_samples_have_the_moments_of_the_recursion(rng, scale, stride):
         var = slope**2 * var + beta * (1 - after) / (1 - now)
     np.testing.assert_allclose(samples.mean(), mean, atol=5 * np.sqrt(var / count))
     np.testing.assert_allclose(samples.var(), var, rtol=5 * np.sqrt(2 / count))
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 3.0])
+def test_samples_have_the_variance_of_the_ode(scale):
+    """N(0, 1) guided from N(0, 2), where the density p(x)·p(c | x)^scale is another one.
+
+    dx/dt = -β/2·(x + score) (Song et al. 2021, eq. 13) is linear, so that one run tells the factor.
+    """
+
+    def slope(t, x):
+        alpha_bar = np.exp(-(0.1 * t + 19.9 * t**2 / 2))
+        wide, narrow = -x / (2 * alpha_bar + 1 - alpha_bar), -x
+        return -(0.1 + 19.9 * t) / 2 * (x + wide + scale * (narrow - wide))
+
+    factor = solve_ivp(slope, (1, 0), [1.0], rtol=1e-9, atol=1e-12).y[0, -1]
+    process = vp_linear()
+    guidance = AutoGuidance(
+        GaussianDenoiser(0.0, 1.0, process), GaussianDenoiser(0.0, 2.0, process), scale
+    )
+    sampler = ddim(to_clean(process, log_snr_uniform(process, 4000)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jnp.array([[1.0], [-0.3]])
+    samples = np.asarray(jax.jit(partial(sample, sampler))(guidance, x, keys, {})[0])
+    np.testing.assert_allclose(samples, factor * x, rtol=2e-3)
+    tilted = 1 / (0.5 + scale * (1 - 0.5))
+    assert abs(factor**2 / tilted - 1) > 0.05

@@ -8,13 +8,14 @@ from exact import GaussianDenoiser
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.interpolation import interpolate
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
+from jax_ddpm.diffusion.samplers.grid import to_clean
 from jax_ddpm.diffusion.schedules import make_betas
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 CHAIN = Chain(make_betas("linear", 100))
 VAR, T = 0.25, 60
-SAMPLER = ancestral(CHAIN, np.arange(T, -1, -1, dtype=float), "fixedsmall")
+SAMPLER = ancestral(to_clean(CHAIN, np.arange(T, -1, -1, dtype=float)), "fixedsmall")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 import pytest
 import tiny
 
-from jax_ddpm.config import default, validate
+from jax_ddpm.config import default
 from jax_ddpm.data.source import Spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.training.identity import (
@@ -21,6 +21,7 @@ from jax_ddpm.training.identity import (
     require_same_run,
     save_identity,
 )
+from jax_ddpm.validation import validate
 
 
 def flat(sections):
@@ -48,16 +49,14 @@ FREE = {
     "training.checkpoint_every",
     "training.keep_last",
     "training.keep_every",
-    "sampling.num_samples",
-    "sampling.batch_size",
-    "sampling.clip",
-    "sampling.num_steps",
-    "sampling.guidance_scale",
-}
+} | {f"sampling.{name}" for name in default().sampling}
 
 
 def another(field):
     value = FIELDS[field]
+    if value is None:  # a placeholder
+        section, name = field.split(".")
+        return default()[section].get_type(name)(3)
     if field == "training.decay":
         return "cosine"
     if isinstance(value, bool):

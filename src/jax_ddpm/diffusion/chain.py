@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jax_ddpm.diffusion.process import Posterior, Times, expand, posterior_coefficients
+from jax_ddpm.diffusion.process import (
+    Posterior,
+    Times,
+    expand,
+    posterior_coefficients,
+    sqrt_sigmoid,
+)
 
 # Above this many bits/dim the prior N(0, I) visibly differs from q(x_T | x_0).
 _MAX_PRIOR_BITS = 1e-3
@@ -54,6 +60,10 @@ class Chain:
     @property
     def num_timesteps(self) -> int:
         return len(self.betas)
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return 0.0, self.num_timesteps - 1.0
 
     @property
     def prior_bits_per_dim(self) -> float:
@@ -103,12 +113,12 @@ class Chain:
 
     def alpha(self, t: Times) -> Times:
         """√ᾱ_t."""
-        return self._whole_or_between(t, np.sqrt(self.alpha_bar), _sqrt_sigmoid(self.log_snr(t)))
+        return self._whole_or_between(t, np.sqrt(self.alpha_bar), sqrt_sigmoid(self.log_snr(t)))
 
     def sigma(self, t: Times) -> Times:
         """√(1-ᾱ_t)."""
         noise = np.sqrt(self.one_minus_alpha_bar)
-        return self._whole_or_between(t, noise, _sqrt_sigmoid(-self.log_snr(t)))
+        return self._whole_or_between(t, noise, sqrt_sigmoid(-self.log_snr(t)))
 
     def log_snr(self, t: Times) -> Times:
         """λ_t, linear in t between whole steps."""
@@ -128,11 +138,6 @@ class Chain:
     def gather(self, table: np.ndarray, t: Float[Array, "..."]) -> Float[Array, "..."]:
         """``table[t]`` at whole times, cast from float64 to t's dtype."""
         return jnp.asarray(table, t.dtype)[t.astype(jnp.int32)]
-
-
-def _sqrt_sigmoid(log_snr: Times) -> Times:
-    xp = log_snr.__array_namespace__()
-    return xp.exp(-xp.logaddexp(-log_snr, xp.zeros_like(log_snr)) / 2)
 
 
 def _interp(x: Times, xs: np.ndarray, ys: np.ndarray) -> Times:

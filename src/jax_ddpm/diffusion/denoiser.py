@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_ddpm.diffusion.parameterisation import Parameterisation, Prediction
-from jax_ddpm.diffusion.process import Process, noise_between
+from jax_ddpm.diffusion.parameterisation import Parameterisation, Prediction, marginal_std
+from jax_ddpm.diffusion.process import Process, expand
 
 # A flat dict of [batch, …] arrays that the network is conditioned on; empty when unconditional.
 Conditioning = dict[str, Array]
+X0_ESTIMATE = "x0_estimate"  # what a self-conditioned network predicted before, shaped like x_t
 
 
 @runtime_checkable
@@ -51,17 +52,23 @@ class NetworkDenoiser:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> Prediction:
-        time = self.parameterisation.network_time(jnp.broadcast_to(t, xt.shape[:1]))
-        output = self.apply(self.params, xt, time, conditioning)
-        return self.parameterisation.to_prediction(output, xt, t)
+        meaning, times = self.parameterisation, jnp.broadcast_to(t, xt.shape[:1])
+        x, time = meaning.network_input(xt, times), meaning.network_time(times)
+        return meaning.to_prediction(self.apply(self.params, x, time, conditioning), xt, t)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ClippedDenoiser:
-    """Clips the predicted x_0 to [-1, 1] and recomputes ε = (x_t - α·x_0)/σ to agree with it."""
+class InProcess:
+    """A denoiser of the process ``trained`` as one of another process.
+
+    At equal λ both see the same mixture of x_0 and ε in other units: x_t of ``process`` times
+    α_trained/α is an x_t of ``trained``, and the predicted (x_0, ε) is the same (Kingma et al.
+    2021, section 5.1; Karras et al. 2022, appendix C). λ must lie in the range of ``trained``.
+    """
 
     denoiser: Any
+    trained: Process = dataclasses.field(metadata={"static": True})
     process: Process = dataclasses.field(metadata={"static": True})
 
     def __call__(
@@ -70,6 +77,7 @@ class ClippedDenoiser:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> Prediction:
-        prediction = self.denoiser(xt, t, conditioning)
-        x0 = jnp.clip(prediction.x0, -1, 1)
-        return prediction._replace(x0=x0, eps=noise_between(self.process, x0, xt, t))
+        trained_t = self.trained.time(self.process.log_snr(t))
+        # α_trained/α = σ_trained/σ, in a form that has a value where α = 0 as well.
+        units = marginal_std(self.trained, trained_t, 1.0) / marginal_std(self.process, t, 1.0)
+        return self.denoiser(expand(units, xt) * xt, trained_t, conditioning)

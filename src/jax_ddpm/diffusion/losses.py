@@ -75,6 +75,9 @@ WEIGHTINGS: dict[str, Weighting] = {
     "v": _error_in("v"),
     "posterior_mean": _error_in("posterior_mean"),
 }
+# The plain squared error in the network's own target: of EDM's F that is λ(σ) on the x_0-error
+# (Karras et al. 2022, table 1), of a flow's velocity it is flow matching (Lipman et al. 2023).
+OWN_TARGET = "target"
 
 
 def weighted_error(
@@ -85,8 +88,9 @@ def weighted_error(
     t: Float[Array, " batch"],
 ) -> Float[Array, " batch"]:
     """w(t)·‖ε - ε̂‖² per example, from the network's mean output y and its regression target."""
+    error = mean_over_dims((target - y) ** 2)
+    if weighting == OWN_TARGET:
+        return error
     process = parameterisation.process
-    delta = TARGETS[parameterisation.target](process, t).delta
-    to_eps_error = (_signal(process, t) / delta) ** 2
-    weight = WEIGHTINGS[weighting](process, t) * to_eps_error
-    return weight * mean_over_dims((target - y) ** 2)
+    to_eps_error = (_signal(process, t) / parameterisation.coefficients(t).delta) ** 2
+    return WEIGHTINGS[weighting](process, t) * to_eps_error * error

@@ -12,6 +12,7 @@ targets compare.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -63,6 +64,28 @@ def _score(process: Process, t: Array) -> Target:
     return Target(a=jnp.zeros_like(t), b=-1 / sigma, delta=-alpha / sigma)
 
 
+def _velocity(process: Process, t: Array) -> Target:
+    """u = ε - x_0, the constant velocity dx_t/dt of a rectified flow (Liu et al. 2023)."""
+    ones = jnp.ones_like(t)
+    return Target(a=-ones, b=ones, delta=process.alpha(t) + process.sigma(t))
+
+
+def _edm(process: Process, t: Array, data_std: float) -> Target:
+    """EDM's F: x̂_0 = c_skip·x_t/α + c_out·F (Karras et al. 2022, table 1 at σ/α).
+
+    F has unit variance for data of variance data_std². With data_std = 1 it is -v of a process with
+    α² + σ² = 1.
+    """
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    std = marginal_std(process, t, data_std)
+    return Target(a=sigma / (data_std * std), b=-alpha * data_std / std, delta=-std / data_std)
+
+
+def marginal_std(process: Process, t: Array, data_std: float) -> Array:
+    """The standard deviation of x_t, √(α²·data_std² + σ²)."""
+    return jnp.hypot(process.alpha(t) * data_std, process.sigma(t))
+
+
 def _posterior_mean(process: Process, t: Array) -> Target:
     """μ̃ of q(x_{t-1} | x_t, x_0) = c_0·x_0 + c_t·x_t, for the training chain only.
 
@@ -75,11 +98,13 @@ def _posterior_mean(process: Process, t: Array) -> Target:
     return Target(a=coef_x0 + coef_xt * alpha, b=coef_xt * sigma, delta=-sigma * coef_x0)
 
 
-TARGETS: dict[str, Callable[[Process, Array], Target]] = {
+TARGETS: dict[str, Callable[..., Target]] = {
     "eps": _eps,
     "x0": _x0,
     "v": _v,
     "score": _score,
+    "velocity": _velocity,
+    "edm": _edm,
     "posterior_mean": _posterior_mean,
 }
 
@@ -93,8 +118,13 @@ class Parameterisation:
     Attributes:
       process: the noise process of training.
       target: a name in ``TARGETS``.
-      time_scale: the network is fed ``time_scale·t``; 1000/T keeps a chain of any length on the
-        range that the sinusoidal embedding was made for.
+      time_scale: the network is fed ``time_scale·t``; 1000/T keeps a chain of any length, and 1000
+        times of at most 1, on the range that the sinusoidal embedding was made for.
+      condition_on: "time", or "log_snr" to feed ``-time_scale·λ/8`` in place of t: time_scale times
+        EDM's c_noise = ¼·log(σ/α).
+      data_std: the data's standard deviation, for the target "edm" and for ``normalise_input``.
+      normalise_input: divide x_t by its standard deviation: EDM's c_in, and Chen 2023's
+        normalisation of scaled inputs.
       variance: "none", or what the second half of the output channels holds: the
         log-variance of the step t → t-1 ("learned", for sampling that very chain: on longer steps
         its fraction means little), or the fraction v as (1 + output)/2 ("learned_range").
@@ -103,11 +133,31 @@ class Parameterisation:
     process: Process
     target: str = "eps"
     time_scale: float = 1.0
+    condition_on: Literal["time", "log_snr"] = "time"
+    data_std: float = 1.0
+    normalise_input: bool = False
     variance: VarianceOutput = "none"
 
     def network_time(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
         """The time that conditions the network."""
+        if self.condition_on == "log_snr":
+            return self.process.log_snr(t) * (-self.time_scale / 8)
         return t * self.time_scale
+
+    def network_input(
+        self, xt: Float[Array, "batch *shape"], t: Float[Array, "..."]
+    ) -> Float[Array, "batch *shape"]:
+        """What the network sees of x_t."""
+        if not self.normalise_input:
+            return xt
+        return xt / expand(marginal_std(self.process, t, self.data_std), xt)
+
+    def coefficients(self, t: Float[Array, "..."]) -> Target:
+        """a, b and Δ of the target at t."""
+        make = TARGETS[self.target]
+        if self.target == "edm":
+            make = partial(make, data_std=self.data_std)
+        return make(self.process, t)
 
     def regression_target(
         self,
@@ -116,7 +166,7 @@ class Parameterisation:
         t: Float[Array, " batch"],
     ) -> Float[Array, "batch *shape"]:
         """y = a·x_0 + b·ε, what the network's mean output regresses."""
-        target = TARGETS[self.target](self.process, t)
+        target = self.coefficients(t)
         return expand(target.a, x0) * x0 + expand(target.b, x0) * eps
 
     def split(
@@ -140,7 +190,7 @@ class Parameterisation:
         """The network's output at (x_t, t) as the hub pair."""
         y, fraction = self.split(output, t)
         alpha, sigma = expand(self.process.alpha(t), xt), expand(self.process.sigma(t), xt)
-        a, b, delta = (expand(c, xt) for c in TARGETS[self.target](self.process, t))
+        a, b, delta = (expand(c, xt) for c in self.coefficients(t))
         return Prediction((b * xt - sigma * y) / delta, (alpha * y - a * xt) / delta, fraction)
 
 

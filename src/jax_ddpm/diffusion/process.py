@@ -10,6 +10,10 @@ from jaxtyping import Array, Float
 # NumPy float64 when sampler tables are made on the host, a JAX array inside compiled programs.
 Times = TypeVar("Times", np.ndarray, jax.Array)
 
+# Below this λ, α/σ < exp(-5.1), x_t is as good as noise: where Lu et al. 2022 begin to sample under
+# the cosine schedule, which spends a third of its λ below.
+ALL_NOISE = -10.2
+
 
 @runtime_checkable
 class Process(Protocol):
@@ -23,6 +27,11 @@ class Process(Protocol):
     @property
     def prior_std(self) -> float:
         """Standard deviation of the noise that sampling starts from."""
+        ...
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The least and the most noisy time that training draws and sampling visits."""
         ...
 
     def alpha(self, t: Times) -> Times:
@@ -40,6 +49,12 @@ class Process(Protocol):
     def time(self, log_snr: Times) -> Times:
         """The inverse t(λ)."""
         ...
+
+
+def sqrt_sigmoid(x: Times) -> Times:
+    """√(1/(1 + exp(-x))): of λ the signal level α where α² + σ² = 1, of -λ the noise level σ."""
+    xp = x.__array_namespace__()
+    return xp.exp(-xp.logaddexp(-x, xp.zeros_like(x)) / 2)
 
 
 class Posterior(NamedTuple):

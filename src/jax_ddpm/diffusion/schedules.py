@@ -99,3 +99,36 @@ def make_betas(
             "chain, smaller endpoints, or the cosine schedule"
         )
     return betas
+
+
+def _log_alpha_bar(betas: Betas) -> np.ndarray:
+    with np.errstate(divide="ignore"):  # β = 1 ends at ᾱ = 0
+        return np.cumsum(np.log1p(-betas))
+
+
+def _from_log_alpha_bar(log_alpha_bar: np.ndarray) -> Betas:
+    """β = 1 - ᾱ_t/ᾱ_{t-1}, with ᾱ = 1 before the chain."""
+    return -np.expm1(np.diff(log_alpha_bar, prepend=0.0))
+
+
+def shifted(betas: Betas, factor: float) -> Betas:
+    """The chain whose σ/α is ``factor`` times as large at every t (Hoogeboom et al. 2023).
+
+    With factor = resolution/64 a schedule made for 64² destroys larger images as much.
+    """
+    log_alpha_bar = _log_alpha_bar(betas)
+    # ᾱ' = 1/(1 + factor²·(1-ᾱ)/ᾱ)
+    noise_to_signal = -np.expm1(log_alpha_bar) * np.exp(-log_alpha_bar)
+    return _from_log_alpha_bar(-np.log1p(factor**2 * noise_to_signal))
+
+
+def zero_terminal_snr(betas: Betas) -> Betas:
+    """√ᾱ moved and scaled to end at 0 and to begin where it did (Lin et al. 2024, algorithm 1).
+
+    The last β is 1: a model of ε would learn nothing there, one of x_0 or v does.
+    """
+    root = np.exp(_log_alpha_bar(betas) / 2)
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    previous = np.append(1.0, root[:-1])
+    # 1 - (root/previous)² as a product, which keeps the digits of small β.
+    return (previous - root) * (previous + root) / previous**2

@@ -2,7 +2,7 @@
 
 A time sampler is ``init() → state``, ``draw(state, step, …) → (t, weight)`` and
 ``update(state, step, t, loss) → state``; ``weight`` makes the weighted loss an unbiased estimate of
-its mean over uniform t.
+its mean over uniform t. Here are those of a chain; ``time_densities`` has those of continuous time.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 @runtime_checkable
 class TimeSampler(Protocol):
-    """Draws t in {0, …, T-1} for each example of the global batch."""
+    """Draws t for each example of the global batch."""
 
     def init(self) -> Any:
         """The state before the first step: a pytree, () where there is none."""
@@ -46,6 +46,14 @@ class TimeSampler(Protocol):
         """The state after (a part of) the step's batch with these losses, weights not applied."""
         ...
 
+    def measuring(self) -> "TimeSampler":
+        """The same density without state, spread evenly over a batch, for held-out data."""
+        ...
+
+    def rank(self, t: Float[Array, " batch"]) -> Float[Array, " batch"]:
+        """Where t lies among the times, in [0, 1): for metrics by quarters of time."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
@@ -53,7 +61,7 @@ class Uniform:
 
     num_timesteps: int
 
-    def init(self) -> tuple[()]:
+    def init(self) -> Any:
         return ()
 
     def draw(self, state, step, shared_key, keys, position):
@@ -63,15 +71,26 @@ class Uniform:
     def update(self, state, step, t, loss):
         return state
 
+    def measuring(self) -> "Stratified":
+        return Stratified(self.num_timesteps)
+
+    def rank(self, t):
+        return t / self.num_timesteps
+
 
 @dataclasses.dataclass(frozen=True)
 class Stratified(Uniform):
     """Evenly spread over the global batch from one shared offset (Kingma et al. 2021, app. I)."""
 
     def draw(self, state, step, shared_key, keys, position):
-        offset = jax.random.uniform(shared_key, (), position.dtype)
-        t = jnp.floor((offset + position) % 1 * self.num_timesteps)
+        t = jnp.floor(spread(shared_key, position) * self.num_timesteps)
         return jnp.minimum(t, self.num_timesteps - 1), jnp.ones_like(position)
+
+
+def spread(shared_key: Any, position: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    """Evenly over [0, 1), moved by one offset for all."""
+    offset = jax.random.uniform(shared_key, (), position.dtype)
+    return (offset + position) % 1
 
 
 class LossHistory(NamedTuple):
@@ -87,13 +106,12 @@ class LossHistory(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossSecondMoment:
+class LossSecondMoment(Uniform):
     """p(t) ∝ √E[L_t²] over the last losses at each t (Nichol & Dhariwal 2021, eq. 18).
 
     Uniform until every t has ``length`` losses; then mixed with ``uniform_share`` of uniform.
     """
 
-    num_timesteps: int
     length: int = 10
     uniform_share: float = 1e-3
 

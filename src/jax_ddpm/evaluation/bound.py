@@ -23,8 +23,6 @@ from jax_ddpm.stopping import Poll, never
 from jax_ddpm.trained import Trained
 from jax_ddpm.training.step import data_mesh
 
-_SAMPLING = ("sampler", "num_steps", "guidance_scale")  # do not enter the bound
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bound:
@@ -93,7 +91,7 @@ def measure_bound(
 
     identity = {
         "computes": "variational bound",
-        "model": {name: value for name, value in trained.record.items() if name not in _SAMPLING},
+        "model": trained.model_record,
         "data": source.spec.identity,
         "split": split,
         "batch_size": batch_size,

@@ -16,6 +16,7 @@ from jax_ddpm.diffusion.interpolation import interpolate
 from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, noise_between, per_example_normal, q_sample
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
+from jax_ddpm.diffusion.samplers.grid import to_clean
 from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.keys import Stream, stream_key
 from jax_ddpm.trained import Trained
@@ -57,7 +58,7 @@ def progressive_decoding(
     eps = per_example_normal(jax.random.split(first_key, len(x0)), x0)
     first = q_sample(process, x0, jnp.asarray(times[0], x0.dtype), eps)
     sender, keys = Sender(x0, process), jax.random.split(step_keys, len(x0))
-    sampler = ancestral(process, times, "fixedsmall")
+    sampler = ancestral(to_clean(process, times), "fixedsmall")
     _, snapshots = sample(sampler, sender, first, keys, {}, num_snapshots=len(times))
     xt = jnp.concatenate([first[None], snapshots.x[:-1]])  # the last snapshot is x_0 itself
 
@@ -104,7 +105,7 @@ def interpolation_picture(
     rows = []
     for quarters in (4, 3, 2, 1):
         start = max(1, num_timesteps * quarters // 4) - 1
-        sampler = ancestral(model.chain, np.arange(start, -1.0, -1.0), model.variance)
+        sampler = ancestral(to_clean(model.chain, np.arange(start, -1.0, -1.0)), model.variance)
 
         @jax.jit
         def mix(denoiser, pair, given, sampler=sampler):

@@ -13,8 +13,7 @@ from jax_ddpm.models.layers import (
     GroupNorm,
     ResBlock,
     conv,
-    dense,
-    sinusoidal_embedding,
+    time_embedding,
     upsample_nearest,
 )
 
@@ -32,6 +31,7 @@ class UNet(nn.Module):
       num_groups: groups of GroupNorm; must divide every level's width.
       dropout: rate inside residual blocks.
       num_classes: with more than 0, labels are embedded, and a null label for "unconditional".
+      self_condition: x comes with an earlier estimate of the clean image in channels of its own.
       dtype: of computation; parameters, time embedding, statistics and softmax stay float32.
       remat: recompute each block's activations in the backward pass, trading time for memory.
     """
@@ -44,6 +44,7 @@ class UNet(nn.Module):
     num_groups: int = 32
     dropout: float = 0.1
     num_classes: int = 0
+    self_condition: bool = False
     dtype: Dtype = jnp.float32
     remat: bool = False
 
@@ -58,7 +59,8 @@ class UNet(nn.Module):
         """The network's output in float32.
 
         ``conditioning`` may hold ``label`` (int ``[b]``) and ``label_drop`` (bool ``[b]``, true
-        where the null label takes its place; without ``label`` it does everywhere).
+        where the null label takes its place; without ``label`` it does everywhere), and under
+        ``self_condition`` ``x0_estimate`` shaped like x (without it 0).
         ``dropout_keys`` is one PRNG key per example in training, None otherwise.
         """
         res_block = nn.remat(ResBlock) if self.remat else ResBlock
@@ -74,6 +76,9 @@ class UNet(nn.Module):
                 h = attention(self.num_groups, self.dtype, name=f"{name}_attention")(h)
             return h
 
+        if self.self_condition:
+            estimate = conditioning.get("x0_estimate", jnp.zeros_like(x))
+            x = jnp.concatenate([x, estimate], axis=-1)
         levels = range(len(self.channel_multipliers))
         h = conv(self.base_channels, self.dtype, "conv_in")(x.astype(self.dtype))
         skips = [h]
@@ -101,15 +106,12 @@ class UNet(nn.Module):
         return conv(self.out_channels, self.dtype, "conv_out", scale=0.0)(h).astype(jnp.float32)
 
     def _embedding(self, time: Array, conditioning: dict[str, Array]) -> Array:
-        width = 4 * self.base_channels
-        h = sinusoidal_embedding(time, self.base_channels)
-        h = nn.swish(dense(width, jnp.float32, "time1")(h))
-        h = dense(width, jnp.float32, "time2")(h)
+        h = time_embedding(time, self.base_channels)
         if not self.num_classes:
             return h
         null = jnp.full(time.shape, self.num_classes, jnp.int32)
         label = conditioning.get("label", null)
         if "label_drop" in conditioning:
             label = jnp.where(conditioning["label_drop"], null, label)
-        table = nn.Embed(self.num_classes + 1, width, embedding_init=normal, name="label")
+        table = nn.Embed(self.num_classes + 1, h.shape[-1], embedding_init=normal, name="label")
         return h + table(label)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.denoiser import Conditioning
+from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
 from jax_ddpm.diffusion.likelihood import ModelVariance, bound_term
 from jax_ddpm.diffusion.losses import weighted_error
 from jax_ddpm.diffusion.parameterisation import Parameterisation
-from jax_ddpm.diffusion.process import per_example_normal, q_sample
-from jax_ddpm.diffusion.time_sampling import Stratified, TimeSampler
+from jax_ddpm.diffusion.process import expand, per_example_normal, q_sample
+from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
 from jax_ddpm.training import augmentation
@@ -32,12 +32,13 @@ class DiffusionObjective:
         ``bound_weight`` times the bound, which then trains the variance alone (Nichol & Dhariwal
         2021, eq. 16).
       num_levels: of the data, for scaling to [-1, 1] and for the discrete decoder.
+      self_condition: half of the examples are told what the network makes of them first (Chen et
+        al. 2023, Analog bits, algorithm 1), the others 0.
       label_drop: share of labels replaced by the null label; None without labels.
       augment: flips, dropout and label drop happen: False when measuring.
     """
 
     apply: Callable
-    chain: Chain
     parameterisation: Parameterisation
     variance: ModelVariance
     time_sampler: TimeSampler
@@ -47,6 +48,7 @@ class DiffusionObjective:
     num_levels: int
     flip: bool
     label_drop: float | None
+    self_condition: bool = False
     augment: bool = True
 
     def init(self) -> Any:
@@ -55,8 +57,7 @@ class DiffusionObjective:
 
     def measuring(self) -> "DiffusionObjective":
         """Without what is random for training alone, and with times spread evenly over a batch."""
-        sampler = Stratified(self.chain.num_timesteps)
-        return dataclasses.replace(self, augment=False, time_sampler=sampler)
+        return dataclasses.replace(self, augment=False, time_sampler=self.time_sampler.measuring())
 
     def __call__(
         self,
@@ -72,14 +73,21 @@ class DiffusionObjective:
             extra, step, keys.shared(Stream.TIME), keys.per_example(Stream.TIME), position
         )
         eps = per_example_normal(keys.per_example(Stream.NOISE), x0)
-        xt = q_sample(self.chain, x0, t, eps)
-        output = self.apply(
-            params["network"],
-            xt,
-            self.parameterisation.network_time(t),
-            self._conditioning(batch, keys),
-            keys.per_example(Stream.DROPOUT) if self.augment else None,
-        )
+        xt = q_sample(self.parameterisation.process, x0, t, eps)
+        dropout_keys = keys.per_example(Stream.DROPOUT) if self.augment else None
+
+        def network(conditioning: Conditioning) -> Array:
+            x, time = (
+                self.parameterisation.network_input(xt, t),
+                self.parameterisation.network_time(t),
+            )
+            return self.apply(params["network"], x, time, conditioning, dropout_keys)
+
+        conditioning = self._conditioning(batch, keys)
+        if self.self_condition:
+            first = self.parameterisation.to_prediction(network(conditioning), xt, t).x0
+            conditioning[X0_ESTIMATE] = self._told(jax.lax.stop_gradient(first), keys)
+        output = network(conditioning)
         loss = self._loss(output, x0, xt, eps, t)
         extra = self.time_sampler.update(extra, step, keys.gather(t), keys.gather(loss))
         return loss * importance, self._metrics(loss, t), extra
@@ -99,6 +107,13 @@ class DiffusionObjective:
             conditioning["label_drop"] = jax.vmap(coin)(keys.per_example(Stream.LABEL_DROP))
         return conditioning
 
+    def _told(self, estimate: Array, keys: StepKeys) -> Array:
+        """The estimate for half of the examples, 0 for the others; when measuring for all."""
+        if not self.augment:
+            return estimate
+        told = jax.vmap(jax.random.bernoulli)(keys.per_example(Stream.SELF_CONDITION))
+        return jnp.where(expand(told, estimate), estimate, 0)
+
     def _loss(self, output: Array, x0: Array, xt: Array, eps: Array, t: Array) -> Array:
         if self.loss == "bound":
             return self._bound(output, x0, xt, t)
@@ -113,12 +128,14 @@ class DiffusionObjective:
 
     def _bound(self, output: Array, x0: Array, xt: Array, t: Array) -> Array:
         """T·L_t in bits/dim, whose mean over uniform t is the bound less L_T."""
+        chain = self.parameterisation.process
+        assert isinstance(chain, Chain), "the bound belongs to the T-step chain"
         prediction = self.parameterisation.to_prediction(output, xt, t)
-        nats = bound_term(self.chain, prediction, x0, xt, t, self.variance, self.num_levels)
-        return self.chain.num_timesteps / jnp.log(2.0) * nats
+        nats = bound_term(chain, prediction, x0, xt, t, self.variance, self.num_levels)
+        return chain.num_timesteps / jnp.log(2.0) * nats
 
     def _metrics(self, loss: Array, t: Array) -> Metrics:
-        quarter = jnp.floor(4 * t / self.chain.num_timesteps)
+        quarter = jnp.floor(4 * self.time_sampler.rank(t))
         return {
             f"loss_quarter{i + 1}": (jnp.where(quarter == i, loss, 0), quarter == i)
             for i in range(4)

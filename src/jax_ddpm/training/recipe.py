@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.process import Process
+from jax_ddpm.diffusion.time_densities import (
+    Continuous,
+    LogitNormalDensity,
+    LogNormalDensity,
+    UniformDensity,
+)
+from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS, TimeSampler
 from jax_ddpm.factory import Classifier, Model
 from jax_ddpm.training.classification import ClassificationObjective
 from jax_ddpm.training.objective import DiffusionObjective
@@ -24,17 +32,29 @@ def make_objective(
         )
     return DiffusionObjective(
         apply=model.network.apply,
-        chain=model.chain,
         parameterisation=model.parameterisation,
         variance=model.variance,
-        time_sampler=TIME_SAMPLERS[config.loss.time_sampler](model.chain.num_timesteps),
+        time_sampler=make_time_sampler(config, model.process),
         loss=config.loss.kind,
         weighting=config.loss.weighting,
         bound_weight=config.loss.bound_weight,
         num_levels=model.spec.num_levels,
         flip=config.data.flip,
         label_drop=config.training.label_drop if model.num_classes else None,
+        self_condition=model.self_condition,
     )
+
+
+def make_time_sampler(config: ConfigDict, process: Process) -> TimeSampler:
+    """How the times of training are drawn."""
+    name, loss = config.loss.time_sampler, config.loss
+    if isinstance(process, Chain):
+        return TIME_SAMPLERS[name](process.num_timesteps)
+    if name == "log_normal":
+        return Continuous(LogNormalDensity(loss.time_mean, loss.time_std))
+    if name == "logit_normal":
+        return Continuous(LogitNormalDensity(loss.time_mean, loss.time_std))
+    return Continuous(UniformDensity(*process.time_range), stratified=name == "stratified")
 
 
 def make_recipe(config: ConfigDict, objective: Objective) -> Recipe:

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float64
 
 from jax_ddpm.diffusion.likelihood import ModelVariance
-from jax_ddpm.diffusion.process import Process, per_example_normal, posterior_coefficients
+from jax_ddpm.diffusion.process import per_example_normal
+from jax_ddpm.diffusion.samplers.grid import Grid
 from jax_ddpm.diffusion.samplers.loop import Sampler
 
 
@@ -28,38 +29,28 @@ class AncestralNode(NamedTuple):
     noise: Float64[np.ndarray, " steps"]
 
 
-def ancestral(
-    process: Process,
-    times: Float64[np.ndarray, " steps"],
-    variance: ModelVariance | Float64[np.ndarray, " steps"],
-) -> Sampler:
-    """The ancestral sampler along decreasing ``times``, ending at exactly clean data.
+def ancestral(grid: Grid, variance: ModelVariance | Float64[np.ndarray, " steps"]) -> Sampler:
+    """The ancestral sampler down a grid.
 
-    For a chain of T steps pass ``times = [T-1, …, 0]``. With fewer, coefficients are those of the
-    re-spaced chain, rebuilt from the ratios of ᾱ. The steps' variances are β̃ ("fixedsmall"), β
-    ("fixedlarge"), the model's own ("learned"), or given, one value per step. The last step draws
-    no noise, unless its variance is given and positive.
+    Over fewer steps than the chain has, coefficients are those of the re-spaced chain, rebuilt from
+    the ratios of ᾱ. The steps' variances are β̃ ("fixedsmall"), β ("fixedlarge"), the model's own
+    ("learned"), or given, one value per step. A step to clean data draws no noise, unless its
+    variance is given and positive.
 
     Raises:
-      ValueError: where times do not decrease or a given variance is negative.
+      ValueError: where a given variance is negative.
     """
-    if np.any(np.diff(times) >= 0):
-        raise ValueError("times must decrease, from the noisiest to the last before clean data")
     if isinstance(variance, np.ndarray) and np.any(variance < 0):
         raise ValueError("variances must not be negative")
-    alpha, sigma, log_snr = process.alpha(times), process.sigma(times), process.log_snr(times)
-    alpha_s, sigma_s = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
-    beta = -(sigma**2) * np.expm1(log_snr - np.append(log_snr[1:], np.inf))
-    step = posterior_coefficients(beta, alpha, sigma, alpha_s, sigma_s)
-
+    beta, step = grid.beta, grid.posterior
     if isinstance(variance, np.ndarray):
         noise, variances, fraction = np.sign(variance), variance, 0.0
     else:
-        noise, variances = np.append(np.ones(len(times) - 1), 0.0), step.variance
+        noise, variances = np.sign(grid.after.sigma), step.variance
         fraction = 0.0 if variance == "fixedsmall" else 1.0
     smallest = np.log(variances, where=noise > 0, out=np.zeros_like(beta))
     nodes = AncestralNode(
-        time=times,
+        time=grid.now.time,
         coef_x0=step.coef_x0,
         coef_xt=step.coef_xt,
         log_variance=smallest,

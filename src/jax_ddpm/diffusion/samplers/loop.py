@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
+from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning, Denoiser
 from jax_ddpm.diffusion.process import fold_in
 
 
@@ -16,7 +16,8 @@ class Sampler(NamedTuple):
     """A sampling method on a grid.
 
     Attributes:
-      nodes: a tuple of float64 NumPy arrays, one row per step, made on the host.
+      nodes: a tuple of float64 NumPy arrays made on the host, one row per evaluation of the
+        denoiser: a step of a method with two evaluations has two rows.
       init: ``x → carry``, the history of multistep methods before the first step.
       step: ``(denoiser, x, node, carry, keys) → (x, carry, prediction)``; ``denoiser(x, t)`` has
         its conditioning bound, ``keys`` are one per example and fresh in every step.
@@ -25,6 +26,11 @@ class Sampler(NamedTuple):
     nodes: Any
     init: Callable
     step: Callable
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often the denoiser is called for each sample."""
+        return len(jax.tree.leaves(self.nodes)[0])
 
 
 class Snapshots(NamedTuple):
@@ -41,33 +47,38 @@ def sample(
     keys: Any,
     conditioning: Conditioning,
     num_snapshots: int = 1,
+    self_condition: bool = False,
 ) -> tuple[Float[Array, "batch *shape"], Snapshots]:
     """Runs the sampler from x and returns its end and ``num_snapshots`` snapshots.
 
     Nodes are cast to x's dtype. ``keys[i]`` alone decides the noise of example i, whatever the
-    batch around it. Snapshots hold x and the predicted x_0 (progressive generation).
+    batch around it. Snapshots hold x and the predicted x_0 (progressive generation). With
+    ``self_condition`` the denoiser is also told the x_0 that it predicted last, at first 0, as
+    ``conditioning["x0_estimate"]`` (Chen et al. 2023, Analog bits).
 
     Raises:
       ValueError: where there are more snapshots than steps, or none.
     """
-    num_steps = len(jax.tree.leaves(sampler.nodes)[0])
+    num_steps = sampler.num_evaluations
     if not 1 <= num_snapshots <= num_steps:
         raise ValueError(f"{num_snapshots} snapshots of {num_steps} steps: take 1 to {num_steps}")
     nodes = jax.tree.map(lambda column: jnp.asarray(column, x.dtype), sampler.nodes)
-    bound = partial(_with_conditioning, denoiser, conditioning)
 
     def body(state, row):
-        x, carry, kept = state
+        x, carry, estimate, kept = state
         index, node = row
+        given = conditioning | ({X0_ESTIMATE: estimate} if self_condition else {})
+        bound = partial(_with_conditioning, denoiser, given)
         x, carry, prediction = sampler.step(bound, x, node, carry, fold_in(keys, index))
         # A slot is overwritten until its stretch of the run ends: no branch, no trajectory.
         slot = index * num_snapshots // num_steps
         kept = Snapshots(kept.x.at[slot].set(x), kept.x0.at[slot].set(prediction.x0))
-        return (x, carry, kept), None
+        return (x, carry, prediction.x0 if self_condition else (), kept), None
 
     empty = jnp.zeros((num_snapshots, *x.shape), x.dtype)
-    start = (x, sampler.init(x), Snapshots(empty, empty))
-    (x, _, snapshots), _ = jax.lax.scan(body, start, (jnp.arange(num_steps), nodes))
+    estimate = jnp.zeros_like(x) if self_condition else ()
+    start = (x, sampler.init(x), estimate, Snapshots(empty, empty))
+    (x, _, _, snapshots), _ = jax.lax.scan(body, start, (jnp.arange(num_steps), nodes))
     return x, snapshots
 
 

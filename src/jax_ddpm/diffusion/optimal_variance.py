@@ -1,0 +1,55 @@
+"""The optimal variance of the reverse process, without training (Bao et al. 2022, Analytic-DPM)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64
+
+from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
+from jax_ddpm.diffusion.likelihood import mean_over_dims
+from jax_ddpm.diffusion.process import Process, fold_in, per_example_normal, q_sample
+from jax_ddpm.diffusion.samplers.grid import Grid
+
+
+class EpsPower(NamedTuple):
+    """E‖ε̂(x_t)‖²/d over the data and the noise, at rising λ."""
+
+    log_snr: Float64[np.ndarray, " n"]
+    power: Float64[np.ndarray, " n"]
+
+
+def eps_power(
+    process: Process,
+    denoiser: Denoiser,
+    x0: Float[Array, "batch *shape"],
+    times: Float[Array, " n"],
+    keys: Any,
+    conditioning: Conditioning,
+) -> Float[Array, "n batch"]:
+    """‖ε̂(x_t)‖²/d of each example at each time, with one draw of x_t ~ q(x_t | x_0)."""
+
+    def at(row: tuple[Array, Array]) -> Array:
+        index, t = row
+        xt = q_sample(process, x0, t, per_example_normal(fold_in(keys, index), x0))
+        return mean_over_dims(denoiser(xt, t, conditioning).eps ** 2)
+
+    return jax.lax.map(at, (jnp.arange(times.size), times))
+
+
+def optimal_variance(grid: Grid, statistic: EpsPower) -> Float64[np.ndarray, " steps"]:
+    """σ*² of each step, for ``ancestral`` (Bao et al. 2022, theorem 1 and its bounds, theorem 2).
+
+        σ*² = β̃ + c_0²·Cov,   Cov = (σ/α)²·(1 - E‖ε̂‖²/d),
+
+    where c_0 weights x̂_0 in the posterior mean and Cov is what x_t leaves unknown of x_0, at most 1
+    for data in [-1, 1]. Between the λ of the statistic E‖ε̂‖² is interpolated. A step to clean data
+    draws no noise.
+    """
+    power = np.interp(grid.now.log_snr, statistic.log_snr, statistic.power)
+    with np.errstate(over="ignore"):
+        unknown = np.exp(-grid.now.log_snr) * np.maximum(1 - power, 0)
+    step = grid.posterior
+    variance = step.variance + step.coef_x0**2 * np.minimum(unknown, 1)
+    return np.where(grid.after.sigma > 0, variance, 0)

@@ -1,0 +1,160 @@
+"""Where a sampler goes: noise levels from its start to its end, in float64 on the host."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.process import ALL_NOISE, Posterior, Process, posterior_coefficients
+
+
+class Levels(NamedTuple):
+    """Times of a process with their α, σ and λ."""
+
+    time: Float64[np.ndarray, " n"]
+    alpha: Float64[np.ndarray, " n"]
+    sigma: Float64[np.ndarray, " n"]
+    log_snr: Float64[np.ndarray, " n"]
+
+    @property
+    def noise_to_signal(self) -> Float64[np.ndarray, " n"]:
+        """σ/α, the σ of Karras et al. 2022; ∞ where α = 0."""
+        with np.errstate(divide="ignore"):
+            return self.sigma / self.alpha
+
+
+class Grid(NamedTuple):
+    """The steps now[i] → after[i] of a process; after[i] is now[i+1]."""
+
+    process: Process
+    now: Levels
+    after: Levels
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.now.time)
+
+    @property
+    def step_size(self) -> Float64[np.ndarray, " steps"]:
+        """h = log(α_s/σ_s) - log(α_t/σ_t) of each step t → s; ∞ from pure noise and to clean data.
+
+        Half the change of λ: the λ of Lu et al. 2022.
+        """
+        return (self.after.log_snr - self.now.log_snr) / 2
+
+    @property
+    def beta(self) -> Float64[np.ndarray, " steps"]:
+        """The variance of q(x_t | x_s): σ_t² - (α_t/α_s)²·σ_s²."""
+        return -(self.now.sigma**2) * np.expm1(-2 * self.step_size)
+
+    @property
+    def posterior(self) -> Posterior:
+        """The coefficients of q(x_s | x_t, x_0)."""
+        now, after = self.now, self.after
+        return posterior_coefficients(self.beta, now.alpha, now.sigma, after.alpha, after.sigma)
+
+
+def levels(process: Process, times: Float64[np.ndarray, " n"]) -> Levels:
+    """The process at these times; λ is -∞ where α = 0, also where a process keeps it finite."""
+    alpha = process.alpha(times)
+    log_snr = np.where(alpha > 0, process.log_snr(times), -np.inf)
+    return Levels(times, alpha, process.sigma(times), log_snr)
+
+
+def along(process: Process, times: Float64[np.ndarray, " n"]) -> Grid:
+    """Through these times, at the last of which x is left; rising times lead from images to noise.
+
+    Raises:
+      ValueError: where the times are fewer than two or neither fall nor rise.
+    """
+    change = np.diff(times)
+    if len(times) < 2 or not (np.all(change < 0) or np.all(change > 0)):
+        raise ValueError("times must be two or more, all falling or all rising")
+    now, after = levels(process, times[:-1]), levels(process, times[1:])
+    return Grid(process, now, after)
+
+
+def to_clean(process: Process, times: Float64[np.ndarray, " n"]) -> Grid:
+    """Down through these times, and from the last of them to exactly clean data.
+
+    Raises:
+      ValueError: where times do not decrease.
+    """
+    if np.any(np.diff(times) >= 0):
+        raise ValueError("times must decrease, from the noisiest to the last before clean data")
+    now = levels(process, times)
+    clean = Levels(*map(np.array, ([process.time_range[0]], [1.0], [0.0], [np.inf])))
+    return Grid(process, now, Levels(*map(np.append, levels(process, times[1:]), clean)))
+
+
+def uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
+    """Evenly spaced in t: whole steps of a chain, both of its ends among them.
+
+    In continuous time the step to clean data is as long as the others.
+    """
+    low, high = process.time_range
+    if isinstance(process, Chain):
+        return np.round(np.linspace(high, low, num_steps))
+    return np.linspace(high, low, num_steps + 1)[:-1]
+
+
+def quadratic(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
+    """√t evenly spaced, so finer at low noise (Song et al. 2021, DDIM, appendix D.2)."""
+    low, high = process.time_range
+    return _exactly_between(np.array([high, low]), np.linspace(high**0.5, low**0.5, num_steps) ** 2)
+
+
+def karras(process: Process, num_steps: int, rho: float = 7.0) -> Float64[np.ndarray, " steps"]:
+    """(σ/α)^(1/ρ) evenly spaced, both ends among them (Karras et al. 2022, eq. 5).
+
+    Raises:
+      ValueError: where the process ends without signal, at infinite σ/α.
+    """
+    ends = _useful_ends(process)
+    first, last = np.exp(-process.log_snr(ends) / (2 * rho))
+    log_snr = -2 * rho * np.log(np.linspace(first, last, num_steps))
+    return _exactly_between(ends, process.time(log_snr))
+
+
+def log_snr_uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
+    """λ evenly spaced, both ends among them (Lu et al. 2022, DPM-Solver).
+
+    Raises:
+      ValueError: where the process ends without signal, at infinite λ.
+    """
+    ends = _useful_ends(process)
+    first, last = process.log_snr(ends)
+    return _exactly_between(ends, process.time(np.linspace(first, last, num_steps)))
+
+
+def _useful_ends(process: Process) -> Float64[np.ndarray, " 2"]:
+    """The noisiest and the least noisy time worth a visit.
+
+    Where sampling starts from the same noise at whatever t, that begins at ``ALL_NOISE``.
+    """
+    low, high = process.time_range
+    if process.alpha(np.array([high]))[0] == 0:
+        raise ValueError("the process ends without signal: take the uniform or quadratic grid")
+    if process.prior_std == 1 and process.log_snr(np.array([high]))[0] < ALL_NOISE:
+        high = float(process.time(np.array([ALL_NOISE]))[0])
+    return np.array([high, low])
+
+
+def _exactly_between(
+    ends: Float64[np.ndarray, " 2"], times: Float64[np.ndarray, " n"]
+) -> Float64[np.ndarray, " n"]:
+    """The times without what rounding did to their ends."""
+    times[0] = ends[0]
+    if len(times) > 1:
+        times[-1] = ends[1]
+    return times
+
+
+GRIDS: dict[str, Callable[[Process, int], np.ndarray]] = {
+    "uniform": uniform,
+    "quadratic": quadratic,
+    "karras": karras,
+    "log_snr": log_snr_uniform,
+}

@@ -1,0 +1,106 @@
+"""UniPC (Zhao et al. 2023), in its multistep form with x_0-prediction and B₂(h)."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float64
+
+from jax_ddpm.diffusion.samplers.grid import Grid
+from jax_ddpm.diffusion.samplers.loop import Sampler
+
+
+class UniPCNode(NamedTuple):
+    """One evaluation x̂_0 at t: it corrects the step that led there, then the next step follows.
+
+    x_t = kept·x + corrector_x·(x_t before) + Σ_k corrector[k]·x̂_0^(k)
+    x_s = predictor_x·x_t + Σ_k predictor[k]·x̂_0^(k),   x̂_0^(k) newest first.
+    """
+
+    time: Float64[np.ndarray, " steps"]
+    kept: Float64[np.ndarray, " steps"]
+    corrector_x: Float64[np.ndarray, " steps"]
+    corrector: Float64[np.ndarray, "steps order+1"]
+    predictor_x: Float64[np.ndarray, " steps"]
+    predictor: Float64[np.ndarray, "steps order+1"]
+
+
+def unipc(grid: Grid, order: int = 2) -> Sampler:
+    """UniPC-p: a predictor of order p and a corrector of order p + 1, one evaluation a step.
+
+    The corrected x is not evaluated again. The first steps have the order that their history
+    allows; a step from α = 0 or to σ = 0 is DDIM's, and is not corrected.
+
+    Raises:
+      ValueError: where the order is below 1.
+    """
+    if order < 1:
+        raise ValueError(f"order is {order}; it must be 1 or more")
+    # λ of Lu et al. and Zhao et al.: log(α/σ).
+    at = np.append(grid.now.log_snr, grid.after.log_snr[-1]) / 2
+    finite = np.isfinite(at)
+    width, rows, orders = order + 1, [], []
+    scale = grid.after.sigma / grid.now.sigma
+    # What a constant x̂_0 adds: α_s·(1 - exp(-h)) of Zhao et al., also where h is infinite.
+    total = grid.after.alpha - scale * grid.now.alpha
+    for i in range(grid.num_steps):
+        singular = not (finite[i] and finite[i + 1])
+        orders.append(1 if singular else min(order, 1 + int(sum(finite[:i]))))
+        correct = i > 0 and finite[i - 1] and finite[i]
+        corrector = np.zeros(width)
+        if correct:
+            corrector = total[i - 1] * _weights(at, i - 1, orders[i - 1], width, True)
+        predictor = total[i] * _weights(at, i, orders[i], width, False)
+        rows.append(
+            (1.0 - correct, scale[i - 1] if correct else 0.0, corrector, scale[i], predictor)
+        )
+    nodes = UniPCNode(grid.now.time, *map(np.array, zip(*rows, strict=True)))
+
+    def init(x: Array) -> tuple[Array, Array]:
+        return x, jnp.zeros((width, *x.shape), x.dtype)
+
+    return Sampler(nodes, init, _step)
+
+
+def _weights(
+    at: np.ndarray, i: int, order: int, width: int, corrects: bool
+) -> Float64[np.ndarray, " width"]:
+    """The weights of the newest evaluations in the step from at[i] to at[i + 1].
+
+    The newest is the one at i, or for the corrector the one at i + 1. With evaluations m_k at the
+    points r_k = (at[k] - at[i])/h besides m at i itself, the mean of x̂_0 over the step, weighted by
+    exp(λ), is m + Σ_k ρ_k·(m_k - m)/r_k, where Σ_k ρ_k·r_k^(j-1) = j!·φ_(j+1)(-h)/φ_1(-h) for
+    j = 1, 2, … (Zhao et al. 2023, theorem 3.1). A single ρ is ½, which keeps the order.
+    """
+    h = at[i + 1] - at[i]
+    points = np.array([1.0] * corrects + [(at[i - k] - at[i]) / h for k in range(1, order)])
+    rho = np.full(len(points), 0.5)
+    if len(points) > 1:
+        powers = np.arange(len(points))[:, None]
+        rho = np.linalg.solve(points**powers, _right_hand_side(-h, len(points)))
+    others = rho / points
+    newest_is_i = [1 - np.sum(others), *others]
+    in_order = [others[0], newest_is_i[0], *others[1:]] if corrects else newest_is_i
+    return np.pad(in_order, (0, width - len(in_order)))
+
+
+def _right_hand_side(z: float, count: int) -> Float64[np.ndarray, " count"]:
+    """j!·φ_(j+1)(z)/φ_1(z) for j = 1, …, count; φ_1 = (exp(z) - 1)/z, φ_(j+1) = (φ_j - 1/j!)/z."""
+    first = phi = np.expm1(z) / z
+    factorial, found = 1.0, []
+    for j in range(1, count + 1):
+        factorial *= j
+        phi = (phi - 1 / factorial) / z
+        found.append(factorial * phi / first)
+    return np.array(found)
+
+
+def _step(denoiser, x: Array, node: UniPCNode, carry: tuple[Array, Array], keys):
+    start, history = carry
+    prediction = denoiser(x, node.time)
+    history = jnp.concatenate([prediction.x0[None], history[:-1]])
+    weighted = partial(jnp.tensordot, b=history, axes=1, precision="highest")
+    x = node.kept * x + node.corrector_x * start + weighted(node.corrector)
+    after = node.predictor_x * x + weighted(node.predictor)
+    return after, (x, history), prediction

@@ -1,0 +1,88 @@
+"""``--mode=variance``: the statistic of the optimal variance, stored with a checkpoint."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_ddpm.data.plan import batch_indices, padded_batches
+from jax_ddpm.data.source import Source
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.optimal_variance import EpsPower, eps_power
+from jax_ddpm.diffusion.process import ALL_NOISE, Process
+from jax_ddpm.evaluation.finite import finite
+from jax_ddpm.files import replacing
+from jax_ddpm.images import from_levels
+from jax_ddpm.keys import Stream, example_keys, stream_key
+from jax_ddpm.pipeline import run_ahead
+from jax_ddpm.stopping import Poll, never
+from jax_ddpm.trained import Trained, eps_power_path
+from jax_ddpm.training.step import data_mesh
+
+_NUM_TIMES = 200  # of a process without steps of its own
+
+
+def visited_times(process: Process) -> np.ndarray:
+    """Every step of a chain; in continuous time a grid that is even in λ."""
+    if isinstance(process, Chain):
+        return np.arange(process.num_timesteps, dtype=float)
+    high, low = process.log_snr(np.array(process.time_range))
+    return process.time(np.linspace(high, max(low, ALL_NOISE), _NUM_TIMES))
+
+
+def estimate_eps_power(
+    trained: Trained, source: Source, num_examples: int, batch_size: int, poll: Poll = never
+) -> EpsPower:
+    """E‖ε̂‖²/d at every visited time, over ``num_examples`` of the training split."""
+    model, times = trained.model, visited_times(trained.model.process)
+    size = source.spec.split_sizes["train"]
+    chosen = batch_indices(0, 0, min(num_examples, size), size)
+    mesh, key = data_mesh(), stream_key(jax.random.key(0), Stream.OPTIMAL_VARIANCE)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batches = padded_batches(len(chosen), batch_size)
+
+    def power(denoiser, index, mask, batch):
+        x0 = from_levels(batch["image"], model.spec.num_levels)
+        given = {"label": batch["label"]} if model.num_classes else {}
+        t, keys = jnp.asarray(times, x0.dtype), example_keys(key, index)
+        found = eps_power(model.process, denoiser, x0, t, keys, given)
+        return jnp.sum(jnp.where(mask[None], found, 0), axis=1)
+
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    run = jax.jit(power, in_shardings=(whole, split, split, split), out_shardings=whole)
+    denoiser = jax.device_put(model.denoiser(trained.params, clip=False), whole)
+
+    def launch(part: int):
+        index, mask = batches[part]
+        return run(denoiser, index, mask, source.batch("train", chosen[index]))
+
+    sums = [found for _, found in run_ahead(launch, range(len(batches)), poll)]
+    mean = finite(np.stack(sums).astype(np.float64).sum(axis=0) / len(chosen), "ε̂")
+    rising = np.argsort(model.process.log_snr(times))
+    return EpsPower(model.process.log_snr(times)[rising], mean[rising])
+
+
+def store_eps_power(
+    trained: Trained,
+    source: Source,
+    workdir: pathlib.Path,
+    num_examples: int,
+    batch_size: int,
+    poll: Poll = never,
+) -> pathlib.Path:
+    """Writes the statistic beside the parameters it is of, and returns its path."""
+    statistic = estimate_eps_power(trained, source, num_examples, batch_size, poll)
+    record = {
+        "computes": "E‖ε̂‖²/d at rising λ",
+        "model": trained.model_record,
+        "data": source.spec.identity,
+        "num_examples": min(num_examples, source.spec.split_sizes["train"]),
+    }
+    columns = {name: column.tolist() for name, column in statistic._asdict().items()}
+    out = eps_power_path(workdir, trained.step, trained.item)
+    with replacing(out) as path:
+        path.write_text(json.dumps(record | columns, ensure_ascii=False) + "\n")
+    return out

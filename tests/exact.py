@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_ddpm.diffusion.denoiser import Conditioning
@@ -34,3 +35,31 @@ class GaussianDenoiser:
         alpha, sigma = expand(self.process.alpha(t), xt), expand(self.process.sigma(t), xt)
         whitened = (xt - alpha * self.mean) / (alpha**2 * self.var + sigma**2)
         return Prediction(x0=self.mean + alpha * self.var * whitened, eps=sigma * whitened)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixtureDenoiser:
+    """The exact denoiser of data whose every dimension is drawn from Σ_k weights_k·N(means_k, var).
+
+    Given the component, x_0 is Gaussian; x_t says with what probability it was which.
+    """
+
+    weights: Array  # [k]
+    means: Array  # [k]
+    var: Array | float
+    process: Process = dataclasses.field(metadata={"static": True})
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> Prediction:
+        alpha, sigma = expand(self.process.alpha(t), xt), expand(self.process.sigma(t), xt)
+        variance = (alpha**2 * self.var + sigma**2)[..., None]
+        means = self.means.reshape(*xt.ndim * [1], -1)
+        log_density = -((xt[..., None] - alpha[..., None] * means) ** 2) / (2 * variance)
+        component = jax.nn.softmax(jnp.log(self.weights).reshape(means.shape) + log_density)
+        mean = jnp.sum(component * means, axis=-1)
+        return GaussianDenoiser(mean, self.var, self.process)(xt, t, conditioning)

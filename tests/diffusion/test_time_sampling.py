@@ -51,6 +51,13 @@ class TestEverySampler:
         (whole, _), (t, _) = draw(sampler), draw(sampler, order=order)
         np.testing.assert_array_equal(t, whole[order])
 
+    def test_measuring_is_spread_evenly_and_has_no_state(self, sampler):
+        assert sampler.measuring() == Stratified(T)
+
+    def test_ranks_are_shares_of_the_chain(self, sampler):
+        t = jnp.arange(T, dtype=jnp.float32)
+        np.testing.assert_allclose(sampler.rank(t), np.arange(T) / T, rtol=1e-6)
+
 
 class TestStratified:
     @pytest.mark.parametrize(("num_timesteps", "batch"), [(1000, 1000), (1000, 125)])

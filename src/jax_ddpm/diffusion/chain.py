@@ -142,7 +142,8 @@ class Chain:
 
 def _interp(x: Times, xs: np.ndarray, ys: np.ndarray) -> Times:
     xp = x.__array_namespace__()
-    return xp.interp(x, xp.asarray(xs, dtype=x.dtype), xp.asarray(ys, dtype=x.dtype))
+    between = xp.interp(x, xp.asarray(xs, dtype=x.dtype), xp.asarray(ys, dtype=x.dtype))
+    return between.astype(x.dtype)  # NumPy's is float64 whatever it is given
 
 
 def q_step(

@@ -1,28 +1,139 @@
-"""Guidance: denoisers made of denoisers."""
+"""Guidance: denoisers made of denoisers.
+
+Every ``scale`` says how far to go from a guide, at 0, to the guided model, at 1, and beyond it:
+
+    ε̃ = ε_guide + scale·(ε - ε_guide).
+
+With the unconditional model for a guide, scale 0 is unconditional and scale 1 conditional (the w of
+Ho & Salimans 2022 is scale - 1); in classifier guidance the difference is known as
+-σ·∇_x log p(c | x_t). At other scales than 0 and 1 the guided score is, at every t, that of
+p(x_t)·p(c | x_t)^scale, but no process noises one of these into the next: samples are not from
+p(x_0)·p(c | x_0)^scale.
+
+x_0 moves along with ε everywhere, so that both still agree with x_t; a learned variance is that of
+the guided model.
+"""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_ddpm.diffusion.denoiser import Conditioning
-from jax_ddpm.diffusion.parameterisation import Prediction
+from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
+from jax_ddpm.diffusion.parameterisation import Parameterisation, Prediction
+from jax_ddpm.diffusion.process import Process, expand, noise_between
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """A denoiser that guides another one."""
+
+    @property
+    def denoiser(self) -> Any:
+        """The guided model."""
+        ...
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> Prediction: ...
+
+    def guided_and_plain(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> tuple[Prediction, Prediction]:
+        """What this predicts, and what ``denoiser`` predicts without guidance."""
+        ...
+
+
+def extrapolate(guide: Prediction, model: Prediction, scale: float) -> Prediction:
+    """guide + scale·(model - guide), in x_0 and in ε."""
+
+    def along(start: Array, end: Array) -> Array:
+        return start + scale * (end - start)
+
+    return model._replace(x0=along(guide.x0, model.x0), eps=along(guide.eps, model.eps))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """ε̃ = ε(x_t) + scale·(ε(x_t | c) - ε(x_t)) (Ho & Salimans 2022, whose w is scale - 1).
+    """The model told c, guided by itself without c (Ho & Salimans 2022).
 
     Scale 0 is exactly the unconditional model and 1 exactly the conditional one, in one pass of
-    the network; any other scale takes one pass of twice the batch. x_0 moves along with ε, so that
-    both still agree with x_t; a learned variance is the conditional model's. ``conditioning`` holds
-    no drop masks of its own: they say which half of the batch is unconditional.
+    the network; any other scale takes one pass of twice the batch. ``negative`` is what the guide
+    is told in place of c, ``[batch, …]`` or ``[1, …]``; what it does not name is dropped. The
+    conditioning holds no drop masks of its own: they say what half of the batch is not told. A
+    self-conditioned network's estimate of x_0 is told to both.
     """
 
     denoiser: Any
+    scale: float = dataclasses.field(metadata={"static": True})
+    negative: Conditioning = dataclasses.field(default_factory=dict)
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> Prediction:
+        if self.scale == 0:
+            estimate = {name: x for name, x in conditioning.items() if name == X0_ESTIMATE}
+            return self.denoiser(xt, t, self._negative(len(xt)) | estimate)
+        return self.guided_and_plain(xt, t, conditioning)[0]
+
+    def guided_and_plain(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> tuple[Prediction, Prediction]:
+        """What this predicts, and the conditional prediction."""
+        if self.scale == 1:
+            conditional = self.denoiser(xt, t, conditioning)
+            return conditional, conditional
+        size = len(xt)
+        halves = conditioning, self._negative(size)
+        # What one half is not told, it borrows from the other, and a mask drops it.
+        told, guide_told = halves[1] | halves[0], halves[0] | halves[1]
+        both = {name: jnp.concatenate([told[name], guide_told[name]]) for name in told}
+        drop = {
+            f"{name}_drop": jnp.repeat(jnp.array([name not in half for half in halves]), size)
+            for name in both
+            if name != X0_ESTIMATE
+        }
+        predicted = self.denoiser(
+            jnp.concatenate([xt, xt]), jnp.concatenate([t, t]) if t.ndim else t, both | drop
+        )
+        conditional = jax.tree.map(lambda x: x[:size], predicted)
+        guide = jax.tree.map(lambda x: x[size:], predicted)
+        return extrapolate(guide, conditional, self.scale), conditional
+
+    def _negative(self, size: int) -> Conditioning:
+        return {
+            name: jnp.broadcast_to(x, (size, *x.shape[1:])) for name, x in self.negative.items()
+        }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AutoGuidance:
+    """A model guided by a worse version of itself: smaller, or trained less (Karras et al. 2024).
+
+    Scale 0 is exactly the guide and 1 exactly the model, in one pass of it; any other scale takes
+    one pass of each. Both are told the same.
+    """
+
+    denoiser: Any
+    guide: Any
     scale: float = dataclasses.field(metadata={"static": True})
 
     def __call__(
@@ -31,27 +142,186 @@ class ClassifierFreeGuidance:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> Prediction:
-        if self.scale == 1:
-            return self.denoiser(xt, t, conditioning)
         if self.scale == 0:
-            return self.denoiser(xt, t, {})
+            return self.guide(xt, t, conditioning)
+        return self.guided_and_plain(xt, t, conditioning)[0]
 
-        def twice(x: Array) -> Array:
-            return jnp.concatenate([x, x])
+    def guided_and_plain(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> tuple[Prediction, Prediction]:
+        """What this predicts, and the better model's prediction."""
+        model = self.denoiser(xt, t, conditioning)
+        if self.scale == 1:
+            return model, model
+        return extrapolate(self.guide(xt, t, conditioning), model, self.scale), model
 
-        drop = jnp.repeat(jnp.array([False, True]), len(xt))
-        both = self.denoiser(
-            twice(xt),
-            twice(t) if t.ndim else t,
-            jax.tree.map(twice, conditioning) | {f"{name}_drop": drop for name in conditioning},
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LikelihoodGuidance:
+    """ε̃ = ε - scale·σ·∇_x log p(c | x_t) (Dhariwal & Nichol 2021, algorithm 2).
+
+    By Bayes' rule scale 1 is the model of p(x_0 | c), if both parts are exact. Scale 0 is exactly
+    the model, and costs no more. Where α = 0 there is no x_0 in x_t to tell c by: nothing is moved.
+
+    Attributes:
+      log_likelihood: a pytree ``(x_t, t, conditioning) → [batch]`` in nats, up to a constant:
+        ``NoisyClassifier``, or any other likelihood of what is wanted.
+    """
+
+    denoiser: Any
+    log_likelihood: Any
+    process: Process = dataclasses.field(metadata={"static": True})
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> Prediction:
+        return self.guided_and_plain(xt, t, conditioning)[0]
+
+    def guided_and_plain(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> tuple[Prediction, Prediction]:
+        """What this predicts, and the prediction of the model that knows no likelihood."""
+        plain = self.denoiser(xt, t, conditioning)
+        if self.scale == 0:
+            return plain, plain
+        gradient = jax.grad(lambda x: jnp.sum(self.log_likelihood(x, t, conditioning)))(xt)
+        alpha, sigma = expand(self.process.alpha(t), xt), expand(self.process.sigma(t), xt)
+        shift = jnp.where(alpha > 0, self.scale * sigma / alpha, 0) * gradient
+        return plain._replace(x0=plain.x0 + sigma * shift, eps=plain.eps - alpha * shift), plain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoisyClassifier:
+    """log p(label | x_t) in nats, by a classifier that has learned to see through noise.
+
+    Attributes:
+      params, apply: ``apply(params, x, time=time)`` gives features and logits, time ``[batch]``.
+      parameterisation: the one of its training, for what the network is fed.
+    """
+
+    params: Any
+    apply: Callable = dataclasses.field(metadata={"static": True})
+    parameterisation: Parameterisation = dataclasses.field(metadata={"static": True})
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> Float[Array, " batch"]:
+        """``conditioning`` holds the int ``[batch]`` ``label``."""
+        times = jnp.broadcast_to(t, xt.shape[:1])
+        x, time = (
+            self.parameterisation.network_input(xt, times),
+            self.parameterisation.network_time(times),
         )
-        conditional = jax.tree.map(lambda x: x[: len(xt)], both)
-        unconditional = jax.tree.map(lambda x: x[len(xt) :], both)
+        _, logits = self.apply(self.params, x, time=time)
+        label = conditioning["label"][:, None]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), label, axis=1)[:, 0]
 
-        def extrapolate(u: Array, c: Array) -> Array:
-            return u + self.scale * (c - u)
 
-        return conditional._replace(
-            x0=extrapolate(unconditional.x0, conditional.x0),
-            eps=extrapolate(unconditional.eps, conditional.eps),
-        )
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RescaledGuidance:
+    """x_0 of guidance times φ·std(x_0)/std(x̃_0) + 1 - φ (Lin et al. 2024, eqs. 14-16).
+
+    x̃_0 is the guided prediction, x_0 the one without guidance, each with its standard deviation
+    over all pixels and channels of an example: guidance raises it, and images turn out overexposed.
+    What is rescaled is x_0, whatever the network predicts; ε follows.
+
+    Raises:
+      ValueError: where φ is outside [0, 1].
+    """
+
+    guidance: Any
+    process: Process = dataclasses.field(metadata={"static": True})
+    phi: float = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.phi <= 1:
+            raise ValueError(f"phi is {self.phi}; it must be in [0, 1]")
+
+    @property
+    def denoiser(self) -> Any:
+        """The guided model."""
+        return self.guidance.denoiser
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> Prediction:
+        if self.phi == 0:
+            return self.guidance(xt, t, conditioning)
+        return self.guided_and_plain(xt, t, conditioning)[0]
+
+    def guided_and_plain(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> tuple[Prediction, Prediction]:
+        """What this predicts, and the prediction without guidance."""
+        guided, plain = self.guidance.guided_and_plain(xt, t, conditioning)
+
+        def std(x0: Array) -> Array:
+            return jnp.std(x0, axis=tuple(range(1, x0.ndim)), keepdims=True)
+
+        x0 = guided.x0 * (self.phi * std(plain.x0) / std(guided.x0) + (1 - self.phi))
+        return guided._replace(x0=x0, eps=noise_between(self.process, x0, xt, t)), plain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GuidanceInterval:
+    """Guidance at noise levels low < σ/α ≤ high, elsewhere none (Kynkäänniemi et al. 2024).
+
+    Elsewhere it is the guided model itself and costs one pass of it: with one t for the whole
+    batch, as in samplers, a branch is taken. With a t per example both are computed.
+
+    Raises:
+      ValueError: unless 0 ≤ low < high.
+    """
+
+    guidance: Any
+    process: Process = dataclasses.field(metadata={"static": True})
+    low: float = dataclasses.field(metadata={"static": True})
+    high: float = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise ValueError(f"the interval ({self.low}, {self.high}] must have 0 ≤ low < high")
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch *shape"],
+        t: Float[Array, ""] | Float[Array, " batch"],
+        conditioning: Conditioning,
+    ) -> Prediction:
+        noise_level = self.process.sigma(t) / self.process.alpha(t)
+
+        def within(noise_level: Array) -> Array:
+            return (self.low < noise_level) & (noise_level <= self.high)
+
+        if t.ndim == 0:
+            return jax.lax.cond(
+                within(noise_level),
+                lambda: self.guidance(xt, t, conditioning),
+                lambda: self.guidance.denoiser(xt, t, conditioning),
+            )
+        inside = within(expand(noise_level, xt))
+        both = self.guidance.guided_and_plain(xt, t, conditioning)
+        return jax.tree.map(partial(jnp.where, inside), *both)

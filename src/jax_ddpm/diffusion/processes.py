@@ -1,6 +1,7 @@
 """Every noise process by its name."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -57,6 +58,8 @@ def make_process(
             betas = schedules.shifted(betas, shift)
         return Chain(schedules.zero_terminal_snr(betas) if zero_terminal_snr else betas)
     if name == "vp_linear":
+        if not (0 < beta_start < math.inf and 0 < beta_end < math.inf):
+            raise ValueError(f"β from {beta_start} to {beta_end}: both must be positive and finite")
         process = vp_linear(1000 * beta_start, 1000 * beta_end)
     elif name in ("ve", "edm"):
         process = CONTINUOUS[name](sigma_min, sigma_max)

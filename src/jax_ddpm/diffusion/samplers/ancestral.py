@@ -38,7 +38,7 @@ def ancestral(grid: Grid, variance: ModelVariance | Float64[np.ndarray, " steps"
     variance is given and positive.
 
     Raises:
-      ValueError: where a given variance is negative.
+      ValueError: where a given variance is negative or the grid rises.
     """
     if isinstance(variance, np.ndarray) and np.any(variance < 0):
         raise ValueError("variances must not be negative")

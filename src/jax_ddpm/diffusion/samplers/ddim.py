@@ -30,13 +30,11 @@ def ddim(grid: Grid, eta: float = 0.0) -> Sampler:
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must be in [0, 1]")
-    if eta > 0 and np.any(grid.step_size < 0):
-        raise ValueError("towards noise there is no ancestral step: eta must be 0")
     variance = eta**2 * grid.posterior.variance if eta > 0 else np.zeros(grid.num_steps)
     nodes = DDIMNode(
         time=grid.now.time,
         coef_x0=grid.after.alpha,
-        coef_eps=np.sqrt(grid.after.sigma**2 - variance),
+        coef_eps=np.sqrt(np.maximum(grid.after.sigma**2 - variance, 0)),  # but for round-off ≥ 0
         std=np.sqrt(variance),
     )
     return Sampler(nodes, init=lambda x: (), step=_step if eta > 0 else _step_without_noise)

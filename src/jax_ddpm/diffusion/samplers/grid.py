@@ -51,7 +51,13 @@ class Grid(NamedTuple):
 
     @property
     def posterior(self) -> Posterior:
-        """The coefficients of q(x_s | x_t, x_0)."""
+        """The coefficients of q(x_s | x_t, x_0).
+
+        Raises:
+          ValueError: where the grid rises.
+        """
+        if np.any(self.step_size < 0):
+            raise ValueError("towards noise there is no ancestral step")
         now, after = self.now, self.after
         return posterior_coefficients(self.beta, now.alpha, now.sigma, after.alpha, after.sigma)
 
@@ -107,7 +113,7 @@ def quadratic(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]
 
 
 def karras(process: Process, num_steps: int, rho: float = 7.0) -> Float64[np.ndarray, " steps"]:
-    """(σ/α)^(1/ρ) evenly spaced, both ends among them (Karras et al. 2022, eq. 5).
+    """(σ/α)^(1/ρ) evenly spaced, both useful ends among them (Karras et al. 2022, eq. 5).
 
     Raises:
       ValueError: where the process ends without signal, at infinite σ/α.
@@ -119,7 +125,7 @@ def karras(process: Process, num_steps: int, rho: float = 7.0) -> Float64[np.nda
 
 
 def log_snr_uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
-    """λ evenly spaced, both ends among them (Lu et al. 2022, DPM-Solver).
+    """λ evenly spaced, both useful ends among them (Lu et al. 2022, DPM-Solver).
 
     Raises:
       ValueError: where the process ends without signal, at infinite λ.

@@ -35,7 +35,7 @@ def predictor_corrector(grid: Grid, snr: float = 0.16, corrector_steps: int = 1)
     1-β is that of the step t → s, which is 1 in a variance-exploding process.
 
     Raises:
-      ValueError: where snr is not positive or corrector_steps is negative.
+      ValueError: where snr is not positive, corrector_steps is negative or the grid rises.
     """
     if not snr > 0 or corrector_steps < 0:
         raise ValueError(f"snr is {snr}, corrector_steps {corrector_steps}: not below 0, snr above")

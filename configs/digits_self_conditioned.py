@@ -1,0 +1,50 @@
+"""x_0-prediction with self-conditioning on the digits (Chen et al. 2023, Analog bits).
+
+The sigmoid schedule in continuous time with the input scaled by b = 0.7, which is σ/α shifted by
+1/b, and normalised (Chen 2023).
+"""
+
+from ml_collections import ConfigDict
+
+from jax_ddpm.config import default
+
+
+def get_config() -> ConfigDict:
+    """The network and the steps of ``configs/digits_conditional.py``."""
+    config = default()
+    config.data.source = "digits"
+
+    config.model.class_conditional = True
+    config.model.base_channels = 32
+    config.model.channel_multipliers = (1, 2)
+    config.model.num_res_blocks = 1
+    config.model.attention_resolutions = (4,)
+    config.model.num_groups = 8
+    config.model.dropout = 0.0
+    config.model.self_condition = True
+
+    config.process.name = "vp_sigmoid"
+    config.process.shift = 1 / 0.7
+    config.parameterisation.target = "x0"
+    config.parameterisation.normalise_input = True
+    config.parameterisation.data_std = 0.75  # of the digits
+    config.loss.weighting = "truncated_snr"
+    config.loss.time_sampler = "stratified"
+
+    config.training.label_drop = 0.1
+    config.training.num_steps = 3000
+    config.training.checkpoint_every = 500
+    config.training.batch_size = 64
+    config.training.learning_rate = 2e-3
+    config.training.warmup_steps = 100
+    config.training.decay = "cosine"
+    config.training.ema_decay = 0.995
+    config.training.log_every = 100
+    config.training.heldout_every = 500
+    config.training.sample_every = 1500
+    config.sampling.num_samples = 100
+    config.sampling.batch_size = 100
+    config.sampling.sampler = "ddim"
+    config.sampling.eta = 1.0
+    config.sampling.num_steps = 50
+    return config

@@ -1,0 +1,49 @@
+"""A score network under the variance-exploding process, on the digits (Song et al. 2021).
+
+Sampled by predictor and corrector. σ begins at a fourth of the step between two gray levels.
+"""
+
+from ml_collections import ConfigDict
+
+from jax_ddpm.config import default
+
+
+def get_config() -> ConfigDict:
+    """The network and the steps of ``configs/digits_conditional.py``."""
+    config = default()
+    config.data.source = "digits"
+
+    config.model.class_conditional = True
+    config.model.base_channels = 32
+    config.model.channel_multipliers = (1, 2)
+    config.model.num_res_blocks = 1
+    config.model.attention_resolutions = (4,)
+    config.model.num_groups = 8
+    config.model.dropout = 0.0
+
+    config.process.name = "ve"
+    config.process.sigma_min = 0.03
+    config.process.sigma_max = 20.0
+    config.parameterisation.target = "score"
+    config.parameterisation.normalise_input = True
+    config.parameterisation.condition_on = "log_snr"
+    config.parameterisation.data_std = 0.75  # of the digits
+    config.parameterisation.variance = "fixedsmall"
+    config.loss.time_sampler = "stratified"
+
+    config.training.label_drop = 0.1
+    config.training.num_steps = 3000
+    config.training.checkpoint_every = 500
+    config.training.batch_size = 64
+    config.training.learning_rate = 2e-3
+    config.training.warmup_steps = 100
+    config.training.decay = "cosine"
+    config.training.ema_decay = 0.995
+    config.training.log_every = 100
+    config.training.heldout_every = 500
+    config.training.sample_every = 1500
+    config.sampling.num_samples = 100
+    config.sampling.batch_size = 100
+    config.sampling.sampler = "predictor_corrector"
+    config.sampling.num_steps = 100
+    return config

@@ -46,6 +46,5 @@ def get_config() -> ConfigDict:
     config.sampling.batch_size = 100
     config.sampling.clip = False
     config.sampling.sampler = "heun"
-    config.sampling.grid = "karras"
     config.sampling.num_steps = 18
     return config

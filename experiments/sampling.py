@@ -32,16 +32,15 @@ Fields = dict[str, Any]
 
 def solvers() -> list[Fields]:
     """The fields of ``sampling`` for each method at each number of evaluations."""
-    multistep = {"grid": "log_snr"}
     ways: dict[str, Fields] = {
         "ancestral": {"variance": "fixedsmall"},
         "ancestral, optimal variance": {"sampler": "ancestral", "variance": "optimal"},
         "ddim": {},
-        "heun": multistep,
-        "dpmpp_2m": multistep,
-        "dpmpp_2m_sde": multistep,
-        "unipc": multistep,
-        "predictor_corrector": multistep,
+        "heun": {},
+        "dpmpp_2m": {},
+        "dpmpp_2m_sde": {},
+        "unipc": {},
+        "predictor_corrector": {},
     }
     per_step = {"heun": 2, "predictor_corrector": 2}
     rows = [
@@ -58,7 +57,7 @@ def solvers() -> list[Fields]:
 def guidance() -> list[Fields]:
     """The fields of ``sampling`` for each scale of classifier-free guidance."""
     scales = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
-    way = {"sampler": "dpmpp_2m", "grid": "log_snr", "num_steps": 20}
+    way = {"sampler": "dpmpp_2m", "num_steps": 20}
     return [way | {"guidance_scale": scale} for scale in scales]
 
 

@@ -4,11 +4,13 @@ import importlib.util
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from jax_ddpm import factory
 from jax_ddpm.config import default
+from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.errors import UserError
 from jax_ddpm.validation import validate, validate_for_data
 
@@ -49,12 +51,37 @@ def test_configs_set_only_fields_that_exist(path):
             assert config[section].to_dict().keys() == fields.keys()
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_conditional"])
+DIGITS = {  # name → samples' classes, chain length (0: none), evaluations
+    "digits": (0, 1000, 1000),
+    "digits_conditional": (10, 1000, 1000),
+    "digits_v": (10, 1000, 50),
+    "digits_edm": (10, 0, 35),
+    "digits_flow": (10, 0, 34),
+    "digits_self_conditioned": (10, 0, 50),
+    "digits_ve": (10, 0, 200),
+}
+
+
+@pytest.mark.parametrize("name", DIGITS)
 def test_digits_configs_fit_their_data(name):
     config = named(name)
+    num_classes, num_timesteps, num_evaluations = DIGITS[name]
     model = factory.Model(config, factory.make_source(config).spec)
-    assert model.num_classes == (10 if name == "digits_conditional" else 0)
-    assert model.chain.num_timesteps == 1000
+    assert model.num_classes == num_classes
+    assert isinstance(model.process, Chain) == bool(num_timesteps)
+    if num_timesteps:
+        assert model.chain.num_timesteps == num_timesteps
+    assert model.sampler().num_evaluations == num_evaluations
+
+
+def test_digits_have_the_standard_deviation_that_their_configs_say():
+    source = factory.make_source(named("digits"))
+    images = source.batch("train", np.arange(source.spec.split_sizes["train"]))["image"]
+    std = np.std(images / (source.spec.num_levels - 1) * 2 - 1)
+    for name in DIGITS:
+        config = named(name)
+        if config.parameterisation.normalise_input:
+            np.testing.assert_allclose(config.parameterisation.data_std, std, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +153,20 @@ BAD = [
     ("model.dropout", -0.1),
     ("process.name", "linaer"),
     ("process.num_timesteps", 1),
+    ("process.sigma_min", 0.0),
+    ("process.sigma_max", 0.002),
+    ("process.sigma_max", float("inf")),
+    ("process.shift", 0.0),
+    ("process.shift", float("inf")),
     ("parameterisation.target", "epsilon"),
     ("parameterisation.variance", "large"),
+    ("parameterisation.condition_on", "sigma"),
+    ("parameterisation.data_std", 0.0),
     ("loss.kind", "mse"),
     ("loss.weighting", "snr2"),
     ("loss.bound_weight", -1.0),
     ("loss.time_sampler", "normal"),
+    ("loss.time_std", 0.0),
     ("training.num_steps", 0),
     ("training.batch_size", 6),  # over four devices
     ("training.accumulate", 0),
@@ -190,6 +225,7 @@ NOT_TOGETHER = {
         "base_channels",
     ),
     "accumulate_does_not_divide": ({"training.accumulate": 3}, "training.accumulate"),
+    "log_normal_times_of_a_chain": ({"loss.time_sampler": "log_normal"}, "loss.time_sampler"),
     "beta_over_1": ({"process.name": "linear", "process.num_timesteps": 10}, "config.process"),
     "negative_beta": ({"process.name": "linear", "process.beta_start": -1e-4}, "config.process"),
 }
@@ -222,6 +258,85 @@ def test_what_the_data_does_not_allow_is_one_line_naming_the_field(field, value,
 @pytest.mark.parametrize("source", sorted(factory.SOURCES))
 def test_every_source_can_be_chosen(source):
     validate(tiny.config(data__source=source, data__path="somewhere", data__name="some_set"), 1)
+
+
+CONTINUOUS = ["vp_linear", "vp_cosine", "vp_sigmoid", "ve", "edm", "rectified_flow"]
+OF_CHAINS = {
+    "process.zero_terminal_snr": True,
+    "parameterisation.target": "posterior_mean",
+    "parameterisation.variance": "learned_range",
+    "loss.kind": "bound",
+    "loss.weighting": "vlb",
+    "loss.time_sampler": "loss_second_moment",
+}
+
+
+def continuous(name, **fields):
+    """A valid config of the process."""
+    fields = {"process.name": name, "parameterisation.target": "v", "sampling.num_steps": 4} | {
+        field.replace("__", "."): value for field, value in fields.items()
+    }
+    return {field.replace(".", "__"): value for field, value in fields.items()}
+
+
+class TestContinuousTime:
+    @pytest.mark.parametrize("name", CONTINUOUS)
+    @pytest.mark.parametrize("field", OF_CHAINS)
+    def test_has_nothing_that_only_a_chain_has(self, name, field):
+        fields = continuous(name, **{field: OF_CHAINS[field]})
+        message = the_error(validate, 1, **fields)
+        assert message.startswith(f"config.{field} is {OF_CHAINS[field]!r}; ")
+        assert name in message
+
+    @pytest.mark.parametrize("name", CONTINUOUS)
+    @pytest.mark.parametrize("kind", ["bound", "hybrid"])
+    def test_has_no_bound_to_train_a_variance_by(self, name, kind):
+        fields = continuous(name, loss__kind=kind, parameterisation__variance="learned")
+        assert the_error(validate, 1, **fields).startswith(f"config.loss.kind is '{kind}'; ")
+
+    @pytest.mark.parametrize("name", CONTINUOUS)
+    @pytest.mark.parametrize(
+        "time_sampler", ["uniform", "stratified", "log_normal", "logit_normal"]
+    )
+    def test_has_times_of_its_own_range(self, name, time_sampler):
+        """Log-normal ones are σ, which has no end; logit-normal ones lie in (0, 1)."""
+        fields = continuous(name, loss__time_sampler=time_sampler)
+        if (time_sampler, name == "edm") in [("log_normal", False), ("logit_normal", True)]:
+            message = the_error(validate, 1, **fields)
+            assert message.startswith(f"config.loss.time_sampler is '{time_sampler}'; ")
+        else:
+            validate(tiny.config(**fields), 1)
+
+    @pytest.mark.parametrize("end", ["beta_start", "beta_end"])
+    @pytest.mark.parametrize("value", [0.0, -1e-4, float("inf")])
+    def test_has_a_positive_beta(self, end, value):
+        fields = continuous("vp_linear", **{f"process.{end}": value})
+        message = the_error(validate, 1, **fields)
+        assert message.startswith("config.process: ")
+        assert str(value) in message
+
+
+NO_SIGNAL = {
+    "jsd": {"process__name": "jsd"},
+    "zero_terminal_snr": {"process__zero_terminal_snr": True},
+    "rectified_flow": {"process__name": "rectified_flow", "sampling__num_steps": 4},
+}
+
+
+@pytest.mark.parametrize("fields", NO_SIGNAL.values(), ids=NO_SIGNAL)
+@pytest.mark.parametrize("target", ["eps", "score"])
+def test_where_a_process_ends_without_signal_eps_tells_nothing(fields, target):
+    message = the_error(validate, 1, parameterisation__target=target, **fields)
+    assert message.startswith(f"config.parameterisation.target is '{target}'; ")
+    assert "without signal" in message
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_continuous_models_are_told_apart_by_one_line_where_a_chain_is_needed(name):
+    config = tiny.config(**continuous(name))
+    with pytest.raises(UserError, match="no chain") as caught:
+        _ = factory.Model(config, tiny.spec()).chain
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("target", ["x0", "v"])

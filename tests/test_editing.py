@@ -168,12 +168,18 @@ class TestWhatIsMade:
         assert np.all(distance[:, 1, 0] > distance[:, 1, -1])
 
     def test_encoding_leads_to_noise_and_back(self, make, files, tmp_path):
-        smooth = make(process__name="linear", process__num_timesteps=600, sampling__clip=False)
-        found = edited(smooth, tmp_path, request_for(files, "encode"))
-        assert found["noise"].shape == found["images"].shape == (4, 1, 4, 4, 3)
+        """Exactly where the predicted ε is the same everywhere: d(x/α) = ε̂ d(σ/α)."""
+        constant = make(sampling__clip=False)
+        constant.params["gain"] = np.float32(0)
+        found = edited(constant, tmp_path, request_for(files, "encode"))
+        process, (low, high) = constant.model.process, constant.model.process.time_range
+        alpha, sigma = (f(np.array([low, high])) for f in (process.alpha, process.sigma))
+        x0 = np.asarray(images.from_levels(jnp.asarray(pixels(files)), 256), float)
+        expected = alpha[1] * (x0 + 0.1 * np.diff(sigma / alpha))
+        np.testing.assert_allclose(found["noise"][:, 0], expected, atol=1e-5)
         assert found["noise"].dtype == np.float32
         np.testing.assert_allclose(
-            found["images"][:, 0].astype(int), pixels(files).astype(int), atol=2
+            found["images"][:, 0].astype(int), pixels(files).astype(int), atol=1
         )
 
     def test_class_is_told(self, make, files, tmp_path):

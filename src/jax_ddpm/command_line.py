@@ -7,6 +7,8 @@ import traceback
 
 from absl import flags
 
+from jax_ddpm.options import define_sampling
+
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; what it does not understand is one line and exit code 1."""
@@ -17,10 +19,13 @@ def parse_flags(argv: list[str]) -> list[str]:
             config = path if equals else following
             if not pathlib.Path(config).is_file():
                 sys.exit(f"error: --config: no file {config!r}; give the path of a config")
+    section = "sampling"
     try:
+        define_sampling(argv)
+        section = "config"
         return flags.FLAGS(argv)
     except Exception as error:
-        message = _in_config_file(error, config) or _in_flags(error)
+        message = _in_config_file(error, config) or _in_flags(error, section)
         if message is None:
             raise
     sys.exit(f"error: {' '.join(message.split())}")
@@ -42,11 +47,11 @@ def _in_config_file(error: Exception, config: str) -> str | None:
     return None
 
 
-def _in_flags(error: Exception) -> str | None:
+def _in_flags(error: Exception, section: str) -> str | None:
     if isinstance(error, flags.Error):
-        return f"{error}; --help lists all flags"
-    if isinstance(error, AttributeError | KeyError):
-        return f"--config: unknown field {_reason(error)}"
+        return f"{error}; --helpfull lists all flags"
+    if isinstance(error, AttributeError | KeyError | ValueError):
+        return f"--{section}: unknown field {_reason(error)}"
     return None
 
 

@@ -88,7 +88,7 @@ def default() -> ConfigDict:
     config.sampling.dynamic_threshold = 0.0  # or by this quantile of |x_0| (Imagen's: 0.995)
     config.sampling.sampler = "ancestral"  # see diffusion/samplers/methods.py
     config.sampling.num_steps = 0  # 0: all of a chain
-    config.sampling.grid = "uniform"  # in time | quadratic | karras | log_snr
+    config.sampling.grid = ""  # uniform | quadratic | karras | log_snr; "": the sampler's usual
     config.sampling.times = ()  # or these, falling
     config.sampling.process = ""  # to sample under, by name; "": the one of training
     # Options of single samplers; None: the sampler's own default.

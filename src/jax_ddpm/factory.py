@@ -16,15 +16,23 @@ from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.data.tfds import tfds
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.denoiser import Denoiser, InProcess, NetworkDenoiser
-from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
+from jax_ddpm.diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    Guidance,
+    GuidanceInterval,
+    LikelihoodGuidance,
+    RescaledGuidance,
+)
 from jax_ddpm.diffusion.likelihood import ModelVariance
 from jax_ddpm.diffusion.optimal_variance import EpsPower, optimal_variance
 from jax_ddpm.diffusion.parameterisation import Parameterisation
+from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.processes import make_process, over_the_range_of
 from jax_ddpm.diffusion.samplers.grid import GRIDS, Grid, to_clean
 from jax_ddpm.diffusion.samplers.loop import Sampler
-from jax_ddpm.diffusion.samplers.methods import METHODS
-from jax_ddpm.diffusion.thresholding import ClippedDenoiser
+from jax_ddpm.diffusion.samplers.methods import METHODS, usual_grid
+from jax_ddpm.diffusion.thresholding import ClippedDenoiser, ThresholdedDenoiser
 from jax_ddpm.errors import UserError
 from jax_ddpm.models.classifier import ResNet
 from jax_ddpm.models.network import Network, make_network
@@ -74,6 +82,22 @@ class Companions(NamedTuple):
 ALONE = Companions()
 
 
+def _process_and_meaning(config: ConfigDict) -> tuple[Process, Parameterisation]:
+    """The process of training, and what the network is fed and gives in it."""
+    meaning, process = config.parameterisation, make_process(**config.process)
+    length = process.num_timesteps if isinstance(process, Chain) else 1
+    in_output = meaning.variance in ("learned", "learned_range")
+    return process, Parameterisation(
+        process,
+        meaning.target,
+        time_scale=1000 / length,
+        condition_on=meaning.condition_on,
+        data_std=meaning.data_std,
+        normalise_input=meaning.normalise_input,
+        variance=meaning.variance if in_output else "none",
+    )
+
+
 class Model:
     """What training and sampling share: the process, the network and what its output means.
 
@@ -85,21 +109,10 @@ class Model:
     """
 
     def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
-        meaning, self._sampling = config.parameterisation, config.sampling
-        in_output = meaning.variance in ("learned", "learned_range")
-        self.spec = spec
-        self.process = make_process(**config.process)
-        length = self.process.num_timesteps if isinstance(self.process, Chain) else 1
-        self.parameterisation = Parameterisation(
-            self.process,
-            meaning.target,
-            time_scale=1000 / length,
-            condition_on=meaning.condition_on,
-            data_std=meaning.data_std,
-            normalise_input=meaning.normalise_input,
-            variance=meaning.variance if in_output else "none",
-        )
-        self.variance: ModelVariance = "learned" if in_output else meaning.variance
+        self.spec, self._sampling = spec, config.sampling
+        self.process, self.parameterisation = _process_and_meaning(config)
+        in_output = self.parameterisation.variance != "none"
+        self.variance: ModelVariance = "learned" if in_output else config.parameterisation.variance
         self.num_classes = spec.num_classes if config.model.class_conditional else 0
         self.label_classes = self.num_classes or companions.num_classes
         self.self_condition = config.model.self_condition
@@ -144,15 +157,33 @@ class Model:
         """The network with these parameters and all that ``sampling`` puts around it."""
         sampling = self._sampling
         denoiser = self._guided(self.denoiser(params, clip=False))
-        if sampling.clip:
+        if sampling.dynamic_threshold:
+            denoiser = ThresholdedDenoiser(denoiser, self.process, sampling.dynamic_threshold)
+        elif sampling.clip:
             denoiser = ClippedDenoiser(denoiser, self.process)
         if self.sampling_process is self.process:
             return denoiser
         return InProcess(denoiser, self.process, self.sampling_process)
 
     def _guided(self, denoiser: Denoiser) -> Denoiser:
-        scale = self._sampling.guidance_scale
-        return denoiser if scale == 1 else ClassifierFreeGuidance(denoiser, scale)
+        sampling, guide = self._sampling, self._companions.guide
+        scale = sampling.guidance_scale
+        guidance: Guidance
+        if sampling.guidance == "classifier":
+            guidance = LikelihoodGuidance(denoiser, guide, self.process, scale)
+        elif sampling.guidance == "autoguidance":
+            guidance = AutoGuidance(denoiser, guide, scale)
+        elif scale == 1:
+            return denoiser
+        else:
+            negative = sampling.negative_class
+            told = {} if negative is None else {"label": jnp.array([negative])}
+            guidance = ClassifierFreeGuidance(denoiser, scale, told)
+        if sampling.guidance_rescale:
+            guidance = RescaledGuidance(guidance, self.process, sampling.guidance_rescale)
+        if sampling.guidance_interval:
+            return GuidanceInterval(guidance, self.process, *sampling.guidance_interval)
+        return guidance
 
     def grid(self) -> Grid:
         """Where sampling goes, from noise to clean data."""
@@ -162,7 +193,8 @@ class Model:
         num_steps = sampling.num_steps
         if isinstance(process, Chain):
             num_steps = num_steps or process.num_timesteps
-        return to_clean(process, GRIDS[sampling.grid](process, num_steps))
+        name = sampling.grid or usual_grid(sampling.sampler, process)
+        return to_clean(process, GRIDS[name](process, num_steps))
 
     def sampler(self, grid: Grid | None = None) -> Sampler:
         """What ``sampling`` says, down its own grid or another."""
@@ -186,8 +218,22 @@ class Classifier:
         self.spec, self.num_classes = spec, spec.num_classes
         self.network: Network = make_network(
             ResNet(num_classes=spec.num_classes, **_module_fields(config, ResNet)),
-            jnp.zeros((1, *spec.image_shape)),
+            *self._example_inputs(),
         )
+
+    def _example_inputs(self) -> tuple[Any, ...]:
+        return (jnp.zeros((1, *self.spec.image_shape)),)
+
+
+class NoisyClassifier(Classifier):
+    """The same of x_t, to guide by: ``(x_t, dropout_keys, time) → (features, logits)``."""
+
+    def __init__(self, config: ConfigDict, spec: Spec):
+        super().__init__(config, spec)
+        self.process, self.parameterisation = _process_and_meaning(config)
+
+    def _example_inputs(self) -> tuple[Any, ...]:
+        return (*super()._example_inputs(), None, jnp.zeros(1))
 
 
 def make_model(config: ConfigDict, spec: Spec) -> Model | Classifier:
@@ -195,5 +241,6 @@ def make_model(config: ConfigDict, spec: Spec) -> Model | Classifier:
     models: dict[str, type[Model | Classifier]] = {
         "diffusion": Model,
         "classification": Classifier,
+        "noisy_classification": NoisyClassifier,
     }
     return models[config.task](config, spec)

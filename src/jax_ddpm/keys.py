@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     CALIBRATION = 11
     SELF_CONDITION = 12
     OPTIMAL_VARIANCE = 13
+    LIKELIHOOD = 14
 
 
 def stream_key(seed: Any, stream: Stream) -> Any:

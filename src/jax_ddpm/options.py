@@ -35,11 +35,6 @@ PROGRESSIVE = flags.DEFINE_integer(
 OUT = flags.DEFINE_string(
     "out", None, "Samples: a .png grid, a .gif film, an .npz or a folder. Results: a .json or .npz."
 )
-SAMPLING = config_flags.DEFINE_config_dict(
-    "sampling",
-    default().sampling,
-    "How to sample: each field of the config's section, in place of what the run says.",
-)
 SAMPLER = flags.DEFINE_string("sampler", None, "Short for --sampling.sampler, such as dpmpp_2m.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Short for --sampling.num_steps.")
 GUIDANCE_SCALE = flags.DEFINE_float(
@@ -94,3 +89,13 @@ RESAMPLINGS = flags.DEFINE_integer(
     "resamplings", 1, "RePaint: how often each stretch of steps is taken.", lower_bound=1
 )
 JUMP_LENGTH = flags.DEFINE_integer("jump_length", 10, "RePaint: steps in a stretch.", lower_bound=1)
+
+
+def define_sampling(argv: list[str]) -> None:
+    """Adds --sampling; those of its fields that are given are looked for at once."""
+    config_flags.DEFINE_config_dict(
+        "sampling",
+        default().sampling,
+        "How to sample: each field of the config's section, in place of what the run says.",
+        sys_argv=argv,
+    )

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jax_ddpm import factory, images
 from jax_ddpm.config import default
 from jax_ddpm.data.source import Spec
-from jax_ddpm.diffusion.denoiser import InProcess
+from jax_ddpm.diffusion.guidance import NoisyClassifier
 from jax_ddpm.diffusion.optimal_variance import EpsPower
 from jax_ddpm.diffusion.processes import CONTINUOUS
 from jax_ddpm.errors import UserError
@@ -151,30 +151,39 @@ def _companions(
     config: ConfigDict, spec: Spec, workdir: pathlib.Path, step: int, item: str
 ) -> Companions:
     """What ``config.sampling`` names beside the model itself."""
-    sampling = config.sampling
-    companions = factory.ALONE
+    sampling, companions = config.sampling, factory.ALONE
     if sampling.variance == "optimal":
         companions = companions._replace(eps_power=load_eps_power(workdir, step, item))
-    if sampling.guidance == "autoguidance":
-        guide = load(sampling.guide, sampling.guide_step or None, item == "params")
-        _require_same_shape(spec, guide.spec, sampling.guide)
-        return companions._replace(
-            guide=InProcess(
-                guide.model.denoiser(guide.params, clip=False),
-                guide.model.process,
-                factory.make_process(**config.process),
-            ),
-            record={"guide_sha256": guide.model_record["sha256"]},
-        )
-    return companions
-
-
-def _require_same_shape(spec: Spec, other: Spec, guide: str) -> None:
-    if spec.image_shape != other.image_shape:
-        raise UserError(
-            f"config.sampling.guide={guide} is of {other.identity} with images of "
-            f"{other.image_shape}, not {spec.image_shape}: take a guide of the same data"
-        )
+    if sampling.guidance == "classifier_free":
+        return companions
+    guide_workdir = pathlib.Path(sampling.guide)
+    guide_config, guide_spec = load_identity(guide_workdir)
+    wanted, process = (
+        {
+            "classifier": ("noisy_classification", "a classifier of x_t"),
+            "autoguidance": ("diffusion", "a diffusion model"),
+        }[sampling.guidance],
+        config.process,
+    )
+    for held, needed, name in (
+        (guide_config.task, wanted[0], f"is not {wanted[1]}"),
+        (guide_config.process, process, "was trained under another process"),
+        (guide_spec.image_shape, spec.image_shape, f"is for images of {guide_spec.image_shape}"),
+    ):
+        if held != needed:
+            raise UserError(
+                f"config.sampling.guide={guide_workdir}: the run there {name}; take one that fits "
+                f"guidance={sampling.guidance} of {workdir}"
+            )
+    guide_step = _step(guide_workdir, sampling.guide_step or None, item)
+    params = checkpoint.restore_item(guide_workdir, guide_step, item)["network"]
+    guide_model = factory.make_model(guide_config, guide_spec)
+    companions = companions._replace(record={"guide_sha256": digest(params)})
+    if isinstance(guide_model, factory.Model):
+        return companions._replace(guide=guide_model.denoiser(params, clip=False))
+    assert isinstance(guide_model, factory.NoisyClassifier)
+    classifier = NoisyClassifier(params, guide_model.network.apply, guide_model.parameterisation)
+    return companions._replace(guide=classifier, num_classes=guide_model.num_classes)
 
 
 def eps_power_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:

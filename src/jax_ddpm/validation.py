@@ -12,7 +12,7 @@ from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.processes import CONTINUOUS, PROCESSES, make_process
 from jax_ddpm.diffusion.samplers.grid import GRIDS
-from jax_ddpm.diffusion.samplers.methods import METHODS, OPTIONS
+from jax_ddpm.diffusion.samplers.methods import METHODS, OPTIONS, usual_grid
 from jax_ddpm.errors import UserError
 
 _CHOICES = {
@@ -30,7 +30,7 @@ _CHOICES = {
 }
 _SAMPLING_CHOICES = {
     "sampling.sampler": tuple(METHODS),
-    "sampling.grid": tuple(GRIDS),
+    "sampling.grid": ("", *GRIDS),
     "sampling.process": ("", *CONTINUOUS),
     "sampling.guidance": ("classifier_free", "classifier", "autoguidance"),
 }
@@ -50,11 +50,8 @@ _POSITIVE = (
     "training.keep_last",
     "training.num_steps",
     "process.sigma_min",
-    "process.shift",
     "parameterisation.data_std",
     "loss.time_std",
-    "sampling.num_samples",
-    "sampling.batch_size",
 )
 _FRACTIONS = (
     "model.dropout",
@@ -86,6 +83,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "sampling.variance",
         lambda value: value != "optimal",
         "left out in training: the optimal variance is estimated of a trained model",
+    )
+    _require(
+        config,
+        "sampling.guidance",
+        lambda value: value == "classifier_free",
+        "classifier_free in training: a guide is taken when the trained model is sampled",
     )
     _require(
         config,
@@ -149,9 +152,10 @@ def _validate_process(config: ConfigDict) -> None:
     _require(
         config,
         "process.sigma_max",
-        lambda value: value > config.process.sigma_min,
-        "above process.sigma_min",
+        lambda value: config.process.sigma_min < value < math.inf,
+        "above process.sigma_min, and finite",
     )
+    _require(config, "process.shift", lambda value: 0 < value < math.inf, "positive, and finite")
     _require(
         config,
         "process.zero_terminal_snr",
@@ -195,6 +199,12 @@ def _validate_process(config: ConfigDict) -> None:
         lambda value: value != "log_normal" or name == "edm",
         "another one: log_normal times are for process.name=edm",
     )
+    _require(
+        config,
+        "loss.time_sampler",
+        lambda value: value != "logit_normal" or name != "edm",
+        "another one: logit_normal times are in (0, 1), those of process.name=edm are σ",
+    )
     learned = config.parameterisation.variance in ("learned", "learned_range")
     _require(
         config,
@@ -227,6 +237,15 @@ def validate_sampling(config: ConfigDict) -> None:
     """Checks the section ``sampling`` against the model; raises like ``validate``."""
     for field, known in _SAMPLING_CHOICES.items():
         _require_choice(config, field, known)
+    for field in ("sampling.num_samples", "sampling.batch_size"):
+        _require(config, field, lambda value: value > 0, "positive")
+    for field in ("sampling.times", "sampling.churn_range", "sampling.guidance_interval"):
+        _require(
+            config,
+            field,
+            lambda value: all(isinstance(x, int | float) for x in value),
+            "numbers, or ()",
+        )
     _validate_grid(config)
     _validate_options(config)
     _validate_guidance(config)
@@ -246,7 +265,7 @@ def _validate_grid(config: ConfigDict) -> None:
         f"uniform or quadratic: {config.process.name} ends without signal, at infinite σ/α",
     )
     own_steps = isinstance(process, Chain) and not sampling.process
-    if own_steps and sampling.grid == "uniform":
+    if own_steps and (sampling.grid or usual_grid(sampling.sampler, process)) == "uniform":
         num_timesteps = config.process.num_timesteps
         _require(
             config,
@@ -288,17 +307,25 @@ def _validate_options(config: ConfigDict) -> None:
         lambda value: value in (None, "fixedsmall", "fixedlarge", "optimal"),
         "one of fixedsmall, fixedlarge, optimal",
     )
-    _require(
-        config,
-        "sampling.num_steps",
-        lambda value: (
-            config.parameterisation.variance != "learned"
-            or sampling.sampler != "ancestral"
-            or sampling.variance is not None
-            or (value in (0, config.process.num_timesteps) and not sampling.times)
-        ),
-        "0: the variances of parameterisation.variance=learned are for single steps of the chain",
-    )
+    if (
+        config.parameterisation.variance == "learned"
+        and sampling.sampler == "ancestral"
+        and sampling.variance is None
+    ):
+        every_step: dict[str, tuple[Any, ...]] = {
+            "num_steps": (0, config.process.num_timesteps),
+            "grid": ("", "uniform"),
+            "times": ((),),
+            "process": ("",),
+        }
+        for name, allowed in every_step.items():
+            _require(
+                config,
+                f"sampling.{name}",
+                allowed.__contains__,
+                f"{allowed[0]!r}: the variances of parameterisation.variance=learned are for "
+                "single steps of the chain",
+            )
     ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
         "eta": (lambda value: 0 <= value <= 1, "in [0, 1]"),
         "churn": (lambda value: 0 <= value < math.inf, "0 or more, and finite"),
@@ -338,6 +365,12 @@ def _validate_guidance(config: ConfigDict) -> None:
         "0 or more, and finite"
         if guided
         else "1: guidance needs a class-conditional model trained with training.label_drop > 0",
+    )
+    _require(
+        config,
+        "sampling.guide_step",
+        lambda value: value == 0 or (value > 0 and not free),
+        "0: there is no guide" if free else "the step of one of its checkpoints, or 0",
     )
     without = not free or sampling.guidance_scale in (0, 1)
     _require(
@@ -391,12 +424,19 @@ def validate_for_data(
         lambda value: not value or num_classes > 0,
         "False: this data has no labels",
     )
+    _require(
+        config,
+        "sampling.negative_class",
+        lambda value: value is None or value < num_classes,
+        f"one of this data's classes, 0 to {num_classes - 1}",
+    )
 
 
 def _require_choice(
     config: ConfigDict, field: str, known: tuple[str, ...], where: str = ""
 ) -> None:
-    _require(config, field, known.__contains__, f"one of {', '.join(known)}{where}")
+    named = ", ".join(name or "''" for name in known)
+    _require(config, field, known.__contains__, f"one of {named}{where}")
 
 
 def _require(config: ConfigDict, field: str, holds: Callable[[Any], bool], must_be: str) -> None:

@@ -18,9 +18,10 @@ TINY = {
 }
 
 
-def make(**fields):
+def make(told_time=False, **fields):
     """A network on 8×8 images, compiled, and parameters in which no branch is ≈ 0."""
-    network = make_network(ResNet(**TINY | fields), jnp.zeros((1, 8, 8, 1)))
+    example = (jnp.zeros((1, 8, 8, 1)), None, jnp.zeros(1))
+    network = make_network(ResNet(**TINY | fields), *example[: 3 if told_time else 1])
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda p: p + 0.2 * rng.standard_normal(p.shape).astype("f"),
@@ -60,6 +61,39 @@ def test_has_no_parameters_for_an_embedding(tiny):
     }  # fmt: skip
     assert params["down0_0_res"].keys() == {"norm1", "conv1", "norm2", "conv2"}
     assert params["down1_0_res"].keys() == {"norm1", "conv1", "norm2", "conv2", "shortcut"}
+
+
+class TestOfNoisyImages:
+    """Told the time of each."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def noisy():
+        return make(told_time=True)
+
+    def test_embeds_the_time_in_every_block(self, noisy, tiny):
+        _, params = noisy
+        added = {"time1", "time2"}
+        assert params.keys() == tiny[1].keys() | added
+        for name in ("down0_0_res", "down1_0_res"):
+            assert params[name].keys() == tiny[1][name].keys() | {"embedding"}
+            assert params[name]["embedding"]["kernel"].shape[0] == 32
+
+    def test_each_image_has_its_own_time(self, noisy, inputs):
+        apply, params = noisy
+        time = jnp.array([0.0, 10.0, 500.0, 999.0])
+        logits = apply(params, inputs[0], time=time)[1]
+        other = apply(params, inputs[0], time=time.at[1].set(20.0))[1]
+        differs = np.abs(other - logits).max(axis=1) > 1e-4
+        np.testing.assert_array_equal(differs, np.arange(4) == 1)
+
+    def test_bfloat16_is_close_to_float32(self, noisy, inputs):
+        time = jnp.array([0.0, 10.0, 500.0, 999.0])
+        expected = noisy[0](noisy[1], inputs[0], time=time)
+        output = make(told_time=True, dtype=jnp.bfloat16)[0](noisy[1], inputs[0], time=time)
+        for one, other in zip(output, expected, strict=True):
+            assert one.dtype == jnp.float32
+            assert np.abs(one - other).max() < 0.05 * np.abs(other).max()
 
 
 def test_logits_are_affine_in_the_features(tiny, inputs):

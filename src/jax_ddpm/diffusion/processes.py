@@ -52,6 +52,8 @@ def make_process(
     Raises:
       ValueError: for an unknown name, or where the numbers make no such process.
     """
+    if name not in PROCESSES:
+        raise ValueError(f"unknown process {name!r}; known: {', '.join(PROCESSES)}")
     if name not in CONTINUOUS:
         betas = schedules.make_betas(name, num_timesteps, beta_start, beta_end)
         if shift != 1:

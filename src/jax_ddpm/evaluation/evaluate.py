@@ -7,14 +7,17 @@ import time
 from functools import partial
 from typing import Any
 
+from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import record
 from jax_ddpm.evaluation.bound import measure_bound, write_curve
 from jax_ddpm.evaluation.coding import draw_coding
 from jax_ddpm.evaluation.image_sets import file_set
 from jax_ddpm.evaluation.metrics import METRICS
+from jax_ddpm.evaluation.nll import SETTINGS, measure_nll
 from jax_ddpm.evaluation.quality import Drawing, Evaluation, measure_quality
 from jax_ddpm.stopping import Poll, never
+from jax_ddpm.trained import Trained
 
 
 def evaluate(
@@ -41,6 +44,8 @@ def evaluate(
     if "bpd" in metrics:
         result["measured"]["bpd"], drawing = _bound(what, poll)
         drawings.append(drawing)
+    if "nll" in metrics:
+        result["measured"]["nll"] = _nll(what, poll)
     if "coding" in metrics:
         assert what.trained is not None
         assert what.source is not None
@@ -62,13 +67,13 @@ def evaluate(
 
 def _check(what: Evaluation, metrics: list[str]) -> None:
     """Raises UserError for what is asked in vain, before anything is computed."""
-    known = ("bpd", "coding", *METRICS)
+    known = ("bpd", "nll", "coding", *METRICS)
     for name in metrics:
         if name not in known:
             raise UserError(f"--metrics={name}: choose among {', '.join(known)}")
     if not metrics:
         raise UserError(f"--metrics is missing; choose among {', '.join(known)}")
-    for name in {"bpd", "coding"} & set(metrics):
+    for name in {"bpd", "nll", "coding"} & set(metrics):
         if what.trained is None or what.samples is not None:
             raise UserError(f"--metrics={name} measures a model: give --workdir, not --samples")
     if set(METRICS) & set(metrics) and what.samples is None and what.num_samples is None:
@@ -85,20 +90,9 @@ def _check(what: Evaluation, metrics: list[str]) -> None:
 
 
 def _bound(what: Evaluation, poll: Poll) -> tuple[dict[str, Any], Drawing]:
-    trained, source = what.trained, what.source
-    assert trained is not None
-    assert source is not None
-    size = source.spec.split_sizes[what.split]
-    count = min(what.num_examples or size, size)
+    trained, source, count = _model_and_data(what)
     bound = measure_bound(trained, source, what.split, count, what.batch_size, what.cache, poll)
-    protocol = {
-        "data": source.spec.identity,
-        "split": what.split,
-        "num_examples": bound.count,
-        "num_levels": source.spec.num_levels,
-        "given": "label" if trained.model.num_classes else None,
-        "draws_per_term": 1,
-    }
+    protocol = _of_examples(what, count) | {"draws_per_term": 1}
     result = bound.total._asdict() | {
         "unit": "bits/dim",
         "prior": bound.prior._asdict(),
@@ -107,6 +101,32 @@ def _bound(what: Evaluation, poll: Poll) -> tuple[dict[str, Any], Drawing]:
         "rmse": float(bound.rmse[0]),
     }
     return {"protocol": protocol, "result": result}, partial(write_curve, bound)
+
+
+def _nll(what: Evaluation, poll: Poll) -> dict[str, Any]:
+    trained, source, count = _model_and_data(what)
+    nll = measure_nll(trained, source, what.split, count, what.batch_size, what.cache, poll)
+    protocol = _of_examples(what, count) | SETTINGS
+    return {"protocol": protocol, "result": nll._asdict() | {"unit": "bits/dim"}}
+
+
+def _model_and_data(what: Evaluation) -> tuple[Trained, Source, int]:
+    """What a likelihood is of, and the number of examples."""
+    assert what.source is not None
+    size = what.source.spec.split_sizes[what.split]
+    return what.model(), what.source, min(what.num_examples or size, size)
+
+
+def _of_examples(what: Evaluation, count: int) -> dict[str, Any]:
+    """The protocol of a likelihood as far as all share it."""
+    trained, source, _ = _model_and_data(what)
+    return {
+        "data": source.spec.identity,
+        "split": what.split,
+        "num_examples": count,
+        "num_levels": source.spec.num_levels,
+        "given": "label" if trained.model.num_classes else None,
+    }
 
 
 def _subject(what: Evaluation) -> dict[str, Any]:

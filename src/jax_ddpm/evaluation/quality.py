@@ -89,7 +89,7 @@ def measure_quality(
 
     protocol = _protocol(what, metrics, extractor, features)
     count = what.num_samples or (files.count if files else 0)
-    labelled = files.labels is not None if files else what.model().model.num_classes > 0
+    labelled = files.labels is not None if files else what.model().model.label_classes > 0
     check_possible(metrics, protocol, count, labelled)
     real_sets = _calibration_sets(what, count) if what.calibrate else {}
 

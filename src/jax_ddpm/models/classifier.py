@@ -1,4 +1,4 @@
-"""An image classifier: the way down of the U-Net, without time, and a mean over pixels."""
+"""An image classifier: the way down of the U-Net, and a mean over pixels."""
 
 from typing import Any
 
@@ -6,7 +6,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jax_ddpm.models.layers import AttentionBlock, Dtype, GroupNorm, ResBlock, conv, dense
+from jax_ddpm.models.layers import (
+    AttentionBlock,
+    Dtype,
+    GroupNorm,
+    ResBlock,
+    conv,
+    dense,
+    time_embedding,
+)
 
 
 class ResNet(nn.Module):
@@ -30,12 +38,19 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], dropout_keys: Any = None
+        self,
+        x: Float[Array, "b h w c"],
+        dropout_keys: Any = None,
+        time: Float[Array, " b"] | None = None,
     ) -> tuple[Float32[Array, "b features"], Float32[Array, "b classes"]]:
         """The features, as many as the last level is wide, and the logits, of x in [-1, 1].
 
-        ``dropout_keys`` is one PRNG key per example in training, None otherwise.
+        ``dropout_keys`` is one PRNG key per example in training, None otherwise. With ``time`` x is
+        a noisy image of that time, and the network has parameters to embed it.
         """
+        embedding = None
+        if time is not None:
+            embedding = nn.swish(time_embedding(time, self.base_channels)).astype(self.dtype)
         res_block = nn.remat(ResBlock) if self.remat else ResBlock
         attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         h = conv(self.base_channels, self.dtype, "conv_in")(x.astype(self.dtype))
@@ -48,7 +63,7 @@ class ResNet(nn.Module):
                 block = res_block(
                     width, self.num_groups, self.dropout, self.dtype, name=f"{name}_res"
                 )
-                h = block(h, None, dropout_keys)
+                h = block(h, embedding, dropout_keys)
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(self.num_groups, self.dtype, name=f"{name}_attention")(h)
         h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))

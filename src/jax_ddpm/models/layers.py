@@ -45,6 +45,16 @@ def sinusoidal_embedding(
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def time_embedding(
+    time: Float[Array, " batch"], base_channels: int
+) -> Float[Array, "batch features"]:
+    """The time as ``4·base_channels`` features, for the blocks of the module that calls this."""
+    width = 4 * base_channels
+    h = sinusoidal_embedding(time, base_channels)
+    h = nn.swish(dense(width, jnp.float32, "time1")(h))
+    return dense(width, jnp.float32, "time2")(h)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) over ``[batch, height, width, channels]``.
 

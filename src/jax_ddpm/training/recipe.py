@@ -13,8 +13,11 @@ from jax_ddpm.diffusion.time_densities import (
     UniformDensity,
 )
 from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS, TimeSampler
-from jax_ddpm.factory import Classifier, Model
-from jax_ddpm.training.classification import ClassificationObjective
+from jax_ddpm.factory import Classifier, Model, NoisyClassifier
+from jax_ddpm.training.classification import (
+    ClassificationObjective,
+    NoisyClassificationObjective,
+)
 from jax_ddpm.training.objective import DiffusionObjective
 from jax_ddpm.training.state import Average, Objective, Phase, Recipe
 
@@ -24,11 +27,18 @@ def make_objective(
 ) -> DiffusionObjective | ClassificationObjective:
     """What training minimises."""
     if isinstance(model, Classifier):
-        return ClassificationObjective(
+        fields = dict(
             apply=model.network.apply,
             num_levels=model.spec.num_levels,
             flip=config.data.flip,
             shift=config.data.shift,
+        )
+        if not isinstance(model, NoisyClassifier):
+            return ClassificationObjective(**fields)
+        return NoisyClassificationObjective(
+            **fields,
+            parameterisation=model.parameterisation,
+            time_sampler=make_time_sampler(config, model.process),
         )
     return DiffusionObjective(
         apply=model.network.apply,

@@ -1,0 +1,71 @@
+"""What a model makes of every example of a split, computed in parts that are kept."""
+
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_ddpm.data.plan import batch_indices, padded_batches
+from jax_ddpm.data.source import Source
+from jax_ddpm.diffusion.denoiser import Denoiser
+from jax_ddpm.evaluation.parts import Arrays, Parts
+from jax_ddpm.images import from_levels
+from jax_ddpm.keys import Stream, example_keys, stream_key
+from jax_ddpm.pipeline import run_ahead
+from jax_ddpm.stopping import Poll
+from jax_ddpm.trained import Trained
+from jax_ddpm.training.step import data_mesh
+
+
+def split_terms(
+    trained: Trained,
+    source: Source,
+    split: str,
+    count: int,
+    batch_size: int,
+    cache: pathlib.Path,
+    poll: Poll,
+    *,
+    denoiser: Denoiser,
+    terms: Callable[..., dict[str, jax.Array]],
+    stream: Stream,
+    identity: dict[str, Any],
+) -> Iterator[Arrays]:
+    """``terms(denoiser, x0, keys, conditioning)`` of ``count`` examples or more, part by part.
+
+    The examples come in a random order, always the same, each once. The key of an example depends
+    on its place in the split alone, so that its terms are the same whatever the batches and
+    devices; a class-conditional model is given the labels. ``identity`` says what is computed.
+    """
+    size = source.spec.split_sizes[split]
+    order = batch_indices(0, 0, size, size)
+    mesh = data_mesh()
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batches = padded_batches(size, batch_size)[: -(-count // batch_size)]
+    model, key = trained.model, stream_key(jax.random.key(0), stream)
+    whole, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    denoiser = jax.device_put(denoiser, whole)
+
+    def of_batch(denoiser, index, batch):
+        x0 = from_levels(batch["image"], model.spec.num_levels)
+        given = {"label": batch["label"]} if model.num_classes else {}
+        return terms(denoiser, x0, example_keys(key, index), given)
+
+    of_batch = jax.jit(of_batch, in_shardings=(whole, shared, shared), out_shardings=shared)
+
+    def launch(part: int) -> dict[str, jax.Array]:
+        index = order[batches[part][0]]
+        with jax.default_matmul_precision("highest"):  # as ``extract`` does
+            return of_batch(denoiser, index, source.batch(split, index))
+
+    def compute(wanted: Iterable[int]) -> Iterator[tuple[int, Arrays]]:
+        for part, found in run_ahead(launch, wanted, poll):
+            inside = batches[part][1]
+            yield part, {name: array[inside] for name, array in found.items()}
+
+    of_data = {"data": source.spec.identity, "split": split, "batch_size": batch_size}
+    parts = Parts(cache, identity | {"model": trained.model_record} | of_data)
+    parts.complete(len(batches), compute, "bits/dim")
+    return map(parts.load, range(len(batches)))

@@ -1,5 +1,7 @@
 """A trained model sampled in fewer steps or with guidance: asked for when it is loaded."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from jax_ddpm import factory
 from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
 from jax_ddpm.errors import UserError
 from jax_ddpm.sampling import write_samples
+from jax_ddpm.trained import eps_power_path
 from jax_ddpm.training.checkpoint import Checkpoints
 from jax_ddpm.training.identity import save_identity
 from jax_ddpm.training.state import TrainState
@@ -101,6 +104,12 @@ class TestLoad:
         with pytest.raises(UserError, match=r"num_steps is -?\d; .*num_timesteps = 8"):
             jax_ddpm.load(workdir, **fields)
 
+    @pytest.mark.parametrize("label", [10, 99])
+    def test_refuses_to_lead_away_from_classes_that_the_data_has_not(self, workdir, label):
+        jax_ddpm.load(workdir, guidance_scale=2.0, negative_class=9)
+        with pytest.raises(UserError, match=f"negative_class is {label}; .* 0 to 9"):
+            jax_ddpm.load(workdir, guidance_scale=2.0, negative_class=label)
+
     def test_refuses_guidance_of_a_model_without_classes(self, make):
         workdir = make(model__class_conditional=False)
         jax_ddpm.load(workdir, guidance_scale=1.0)
@@ -143,6 +152,65 @@ class TestRecord:
         rest = [record | {"num_steps": 0, "guidance_scale": 0} for record in records]
         assert all(record == rest[0] for record in rest)
 
+    WAYS = (
+        *FIELDS,
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.5},
+        {"sampler": "ddim", "eta": 1.0},
+        {"sampler": "heun"},
+        {"sampler": "heun", "churn": 2.0},
+        {"sampler": "heun", "churn": 2.0, "churn_range": (0.1, 1.0)},
+        {"sampler": "heun", "churn": 2.0, "churn_noise": 1.01},
+        {"sampler": "unipc"},
+        {"sampler": "unipc", "order": 3},
+        {"sampler": "predictor_corrector"},
+        {"sampler": "predictor_corrector", "snr": 0.1},
+        {"sampler": "predictor_corrector", "corrector_steps": 2},
+        {"variance": "fixedsmall"},
+        {"clip": False},
+        {"dynamic_threshold": 0.995},
+        {"num_steps": 3, "grid": "karras"},
+        {"num_steps": 3, "process": "edm"},
+        {"num_steps": 3, "process": "vp_cosine"},
+        {"times": (7.0, 4.0, 0.0)},
+        {"times": (7.0, 3.0, 0.0)},
+        {"guidance_scale": 2.0, "guidance_interval": (0.1, 1.0)},
+        {"guidance_scale": 2.0, "guidance_rescale": 0.7},
+        {"guidance_scale": 2.0, "negative_class": 3},
+    )
+
+    def test_tells_every_way_of_sampling_apart(self, workdir):
+        records = [jax_ddpm.load(workdir, **fields).record for fields in self.WAYS]
+        for i, record in enumerate(records):
+            assert record not in records[:i], self.WAYS[i]
+
+    def test_tells_every_field_that_decides_a_sample(self):
+        """What is not here is of the guide, which another record tells, or how many at a time."""
+        told = {name for fields in self.WAYS for name in fields} | {"guidance"}
+        passed_over = {"num_samples", "batch_size", "guide", "guide_step"}
+        assert told | passed_over == set(tiny.config().sampling)
+
+    def test_tells_nothing_of_how_many_are_drawn_at_a_time(self, workdir):
+        record = jax_ddpm.load(workdir).record
+        assert jax_ddpm.load(workdir, num_samples=3, batch_size=2).record == record
+
+    @pytest.mark.parametrize("fields", WAYS, ids=str)
+    def test_comes_back_from_a_file(self, workdir, fields):
+        """Else no folder of such samples could be gone on with."""
+        record = jax_ddpm.load(workdir, **fields).record
+        assert json.loads(json.dumps(record)) == record
+
+    def test_of_the_model_is_the_same_however_it_is_sampled(self, workdir):
+        """But for clipping, which is the denoiser's: by it likelihoods are kept and found again."""
+        plain = jax_ddpm.load(workdir).model_record
+        for fields in self.WAYS:
+            record = jax_ddpm.load(workdir, **fields).model_record
+            assert (record == plain) == ("clip" not in fields)
+        assert jax_ddpm.load(workdir, raw=True).model_record != plain
+
+    def test_of_given_times_counts_them(self, workdir):
+        assert jax_ddpm.load(workdir, times=(7.0, 3.0, 0.0)).record["num_steps"] == 3
+
     @pytest.mark.parametrize("fields", FIELDS[1:], ids=str)
     @pytest.mark.parametrize("name", ["folder", "file.npz"])
     def test_so_that_one_folder_holds_one_kind(self, workdir, tmp_path, fields, name):
@@ -167,3 +235,34 @@ class TestRecord:
         write_samples(run, tmp_path / "three.png", 2, moments=3)
         with pytest.raises(UserError, match=r"--progressive=4: .* at most 3 moments"):
             write_samples(run, tmp_path / "four.png", 2, moments=4)
+
+
+class TestOptimalVariance:
+    """By the statistic that lies beside the parameters."""
+
+    @staticmethod
+    def store(workdir, power):
+        statistic = {"log_snr": [-10.0, 10.0], "power": power}
+        eps_power_path(workdir, 2, "ema").write_text(json.dumps(statistic))
+
+    def test_needs_the_statistic(self, make):
+        with pytest.raises(UserError, match=r"sampling\.variance=optimal: .* is missing"):
+            jax_ddpm.load(make(), variance="optimal")
+
+    def test_draws_and_is_recorded_by_the_statistic(self, make):
+        workdir = make()
+        runs = []
+        for power in ([1.0, 0.0], [1.0, 0.0], [0.9, 0.0]):
+            self.store(workdir, power)
+            runs.append(jax_ddpm.load(workdir, variance="optimal"))
+        one, again, other = runs
+        assert one.record == again.record != other.record
+        assert one.model_record == other.model_record
+        np.testing.assert_array_equal(one.sample(4), again.sample(4))
+        assert np.any(one.sample(4) != other.sample(4))
+
+    def test_leaves_the_checkpoint_whole(self, make):
+        """Its manifest speaks of the parameters; a warning would be an error here."""
+        workdir = make()
+        self.store(workdir, [1.0, 0.0])
+        assert jax_ddpm.load(workdir).step == 2

@@ -41,7 +41,9 @@ GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", None, "Classifier-free: 0 unconditional, 1 conditional, more beyond it."
 )
 METRICS = flags.DEFINE_list(
-    "metrics", [], "What to measure: bpd, coding, fid, kid, is, prdc, memorisation, agreement."
+    "metrics",
+    [],
+    "What to measure: bpd, nll, coding, fid, kid, is, prdc, memorisation, agreement.",
 )
 NUM_SEEDS = flags.DEFINE_integer(
     "num_seeds", 1, "Measure samples of this many seeds, from --seed on.", lower_bound=1
@@ -56,12 +58,15 @@ EXTRACTOR = flags.DEFINE_string(
     "extractor", None, "Network to measure by: efficientnet_lite0, Inception's file, or a run."
 )
 SPLIT = flags.DEFINE_enum(
-    "split", None, ["train", "heldout"], "Of the data: heldout for bpd, train for fid_stats."
+    "split",
+    None,
+    ["train", "heldout"],
+    "Of the data: heldout for bpd and nll, train for fid_stats.",
 )
 NUM_EXAMPLES = flags.DEFINE_integer(
     "num_examples",
     None,
-    "Images of the split to measure bpd on, all by default; for --mode=variance 1,000 by default.",
+    "Images of the split for bpd and nll, all by default; for --mode=variance 1,000 by default.",
     lower_bound=1,
 )
 CALIBRATE = flags.DEFINE_bool(

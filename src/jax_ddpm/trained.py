@@ -22,7 +22,7 @@ from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import digest
 from jax_ddpm.training.identity import load_identity
 from jax_ddpm.training.step import data_mesh
-from jax_ddpm.validation import validate_sampling
+from jax_ddpm.validation import validate_for_data, validate_sampling
 
 
 class Trained:
@@ -109,6 +109,7 @@ def load(
         raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
     config.sampling.update(sampling)
     validate_sampling(config)
+    validate_for_data(config, spec.image_shape, spec.num_classes)
     item = "params" if raw else "ema"
     step = _step(workdir, step, item)
     params = checkpoint.restore_item(workdir, step, item)["network"]
@@ -140,7 +141,7 @@ def sampling_record(config: ConfigDict) -> dict[str, Any]:
         always
         | {"num_steps": len(sampling.times) or steps}
         | {
-            name: value
+            name: list(value) if isinstance(value, tuple) else value
             for name, value in sampling.to_dict().items()
             if name not in passed_over and value != usual[name]
         }
@@ -153,7 +154,9 @@ def _companions(
     """What ``config.sampling`` names beside the model itself."""
     sampling, companions = config.sampling, factory.ALONE
     if sampling.variance == "optimal":
-        companions = companions._replace(eps_power=load_eps_power(workdir, step, item))
+        statistic = load_eps_power(workdir, step, item)
+        record = {"eps_power_sha256": digest(statistic)}
+        companions = companions._replace(eps_power=statistic, record=record)
     if sampling.guidance == "classifier_free":
         return companions
     guide_workdir = pathlib.Path(sampling.guide)
@@ -178,7 +181,8 @@ def _companions(
     guide_step = _step(guide_workdir, sampling.guide_step or None, item)
     params = checkpoint.restore_item(guide_workdir, guide_step, item)["network"]
     guide_model = factory.make_model(guide_config, guide_spec)
-    companions = companions._replace(record={"guide_sha256": digest(params)})
+    record = companions.record | {"guide_sha256": digest(params)}
+    companions = companions._replace(record=record)
     if isinstance(guide_model, factory.Model):
         return companions._replace(guide=guide_model.denoiser(params, clip=False))
     assert isinstance(guide_model, factory.NoisyClassifier)
@@ -195,16 +199,20 @@ def load_eps_power(workdir: pathlib.Path, step: int, item: str) -> EpsPower:
     """The statistic that ``--mode=variance`` has stored with a checkpoint.
 
     Raises:
-      UserError: where it has not.
+      UserError: where it has not, or the file is damaged.
     """
     path = eps_power_path(workdir, step, item)
     try:
         stored = json.loads(path.read_text())
-        return EpsPower(np.array(stored["log_snr"]), np.array(stored["power"]))
+        table = np.array([stored[name] for name in EpsPower._fields], float)
+        rises = table.ndim == 2 and table.size > 0 and np.all(np.diff(table[0]) > 0)
+        if not (rises and np.all(np.isfinite(table))):
+            raise ValueError("no table of finite numbers at rising λ")
+        return EpsPower(*table)
     except FileNotFoundError as error:
         raise UserError(
             f"config.sampling.variance=optimal: {path} is missing; make it by "
             f"--mode=variance --workdir={workdir}"
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; make it anew by --mode=variance") from error

@@ -19,8 +19,7 @@ from jax_ddpm.diffusion.likelihood import variational_bound
 from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, expand, per_example_normal
 from jax_ddpm.errors import UserError
-from jax_ddpm.evaluation import bound as module
-from jax_ddpm.evaluation import parts
+from jax_ddpm.evaluation import parts, split_terms
 from jax_ddpm.evaluation.bound import Bound, measure_bound, reduce_terms, write_curve
 from jax_ddpm.images import from_levels
 from jax_ddpm.keys import Stream, stream_key
@@ -75,7 +74,7 @@ def over(monkeypatch):
 
     def change(num_devices):
         mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices])
-        monkeypatch.setattr(module, "data_mesh", lambda: mesh)
+        monkeypatch.setattr(split_terms, "data_mesh", lambda: mesh)
 
     return change
 

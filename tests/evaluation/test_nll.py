@@ -110,6 +110,7 @@ def test_some_are_the_first_of_a_fixed_order(trained, source, alone, tmp_path):
     reads = Reads(source)
     some = measure_nll(trained, reads, "heldout", 5, 4, tmp_path)
     first = list(itertools.chain(*reads.reads))[:5]
+    assert sorted(first) != first, "picked at random"
     np.testing.assert_allclose(some.value, alone[first].mean(), rtol=1e-4)
 
 
@@ -151,16 +152,6 @@ def test_gaussian_data_costs_its_cross_entropy(source, tmp_path):
     # u moves log p(x + u) by (x - mean)·u/var.
     error = width / np.sqrt(12) / STD / np.log(2) / np.sqrt(x0.size)
     np.testing.assert_allclose(nll.value, expected / np.log(2), atol=5 * error)
-
-
-def test_predictions_are_not_clipped(source, tmp_path):
-    values = [
-        measure_nll(
-            make_trained(source, sampling__clip=clip), source, "heldout", 4, 4, tmp_path / str(clip)
-        )
-        for clip in (True, False)
-    ]
-    assert values[0] == values[1]
 
 
 def test_labels_reach_a_conditional_model_alone(source, tmp_path):

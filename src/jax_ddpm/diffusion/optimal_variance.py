@@ -9,13 +9,7 @@ from jaxtyping import Array, Float, Float64
 
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.likelihood import mean_over_dims
-from jax_ddpm.diffusion.process import (
-    ALL_NOISE,
-    Process,
-    fold_in,
-    per_example_normal,
-    q_sample,
-)
+from jax_ddpm.diffusion.process import Process, fold_in, per_example_normal, q_sample
 from jax_ddpm.diffusion.samplers.grid import Grid
 
 
@@ -50,12 +44,10 @@ def optimal_variance(grid: Grid, statistic: EpsPower) -> Float64[np.ndarray, " s
         σ*² = β̃ + c_0²·Cov,   Cov = (σ/α)²·(1 - E‖ε̂‖²/d),
 
     where c_0 weights x̂_0 in the posterior mean and Cov is what x_t leaves unknown of x_0, at most 1
-    for data in [-1, 1]. Between the λ of the statistic E‖ε̂‖² is interpolated; below ``ALL_NOISE``,
-    where x_t tells nothing, Cov is what it is there. A step to clean data draws no noise.
+    for data in [-1, 1]. Between the λ of the statistic Cov is interpolated, beyond them it is held.
+    A step to clean data draws no noise.
     """
-    log_snr = np.maximum(grid.now.log_snr, ALL_NOISE)
-    power = np.interp(log_snr, statistic.log_snr, statistic.power)
-    unknown = np.exp(-log_snr) * np.maximum(1 - power, 0)
+    unknown = np.clip(np.exp(-statistic.log_snr) * (1 - statistic.power), 0, 1)
+    unknown = np.interp(grid.now.log_snr, statistic.log_snr, unknown)
     step = grid.posterior
-    variance = step.variance + step.coef_x0**2 * np.minimum(unknown, 1)
-    return np.where(grid.after.sigma > 0, variance, 0)
+    return np.where(grid.after.sigma > 0, step.variance + step.coef_x0**2 * unknown, 0)

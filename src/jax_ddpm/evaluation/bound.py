@@ -2,26 +2,21 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
-from jax_ddpm.diffusion.likelihood import BoundTerms, variational_bound
+from jax_ddpm.diffusion.likelihood import variational_bound
 from jax_ddpm.evaluation.estimate import Estimate
 from jax_ddpm.evaluation.finite import finite
-from jax_ddpm.evaluation.parts import Arrays, Parts
+from jax_ddpm.evaluation.parts import Arrays
+from jax_ddpm.evaluation.split_terms import split_terms
 from jax_ddpm.files import replacing
-from jax_ddpm.images import from_levels
-from jax_ddpm.keys import Stream, example_keys, stream_key
-from jax_ddpm.pipeline import run_ahead
+from jax_ddpm.keys import Stream
 from jax_ddpm.stopping import Poll, never
 from jax_ddpm.trained import Trained
-from jax_ddpm.training.step import data_mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,59 +63,37 @@ def measure_bound(
     example's place in the split and t alone, so the same parameters give the same number whatever
     the batches and devices; a class-conditional model is given the labels.
     """
-    size = source.spec.split_sizes[split]
-    count = min(num_examples, size)
-    order = batch_indices(0, 0, size, size)
-    mesh = data_mesh()
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    batches = padded_batches(size, batch_size)[: -(-count // batch_size)]
-    terms = _compile_terms(trained, mesh)
-    denoiser = jax.device_put(
-        trained.model.denoiser(trained.params), NamedSharding(mesh, PartitionSpec())
-    )
+    model = trained.model
+    count = min(num_examples, source.spec.split_sizes[split])
 
-    def launch(part: int) -> BoundTerms:
-        index = order[batches[part][0]]
-        with jax.default_matmul_precision("highest"):  # as ``extract`` does
-            return terms(denoiser, index, source.batch(split, index))
-
-    def compute(wanted: Iterable[int]) -> Iterator[tuple[int, Arrays]]:
-        for part, found in run_ahead(launch, wanted, poll):
-            inside = batches[part][1]
-            yield part, {name: array[inside] for name, array in found._asdict().items()}
-
-    identity = {
-        "computes": "variational bound",
-        "model": trained.model_record,
-        "data": source.spec.identity,
-        "split": split,
-        "batch_size": batch_size,
-    }
-    parts = Parts(cache, identity)
-    parts.complete(len(batches), compute, "bits/dim")
-    bound = reduce_terms(map(parts.load, range(len(batches))), count)
-    assert bound.count == count
-    return bound
-
-
-def _compile_terms(trained: Trained, mesh: Mesh) -> Callable[..., BoundTerms]:
-    """(denoiser, index in the split, batch) → the terms of each example."""
-    model, key = trained.model, stream_key(jax.random.key(0), Stream.BOUND)
-
-    def terms(denoiser, index, batch):
-        return variational_bound(
+    def terms(denoiser, x0, keys, conditioning):
+        found = variational_bound(
             model.chain,
             denoiser,
-            from_levels(batch["image"], model.spec.num_levels),
-            example_keys(key, index),
-            {"label": batch["label"]} if model.num_classes else {},
+            x0,
+            keys,
+            conditioning,
             model.variance,
             model.spec.num_levels,
         )
+        return found._asdict()
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.jit(terms, in_shardings=(whole, split, split), out_shardings=split)
+    parts = split_terms(
+        trained,
+        source,
+        split,
+        count,
+        batch_size,
+        cache,
+        poll,
+        denoiser=model.denoiser(trained.params),
+        terms=terms,
+        stream=Stream.BOUND,
+        identity={"computes": "variational bound"},
+    )
+    bound = reduce_terms(parts, count)
+    assert bound.count == count
+    return bound
 
 
 def reduce_terms(parts: Iterable[Arrays], count: int) -> Bound:

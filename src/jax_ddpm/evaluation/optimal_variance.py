@@ -26,9 +26,10 @@ _NUM_TIMES = 200  # of a process without steps of its own
 
 
 def visited_times(process: Process) -> np.ndarray:
-    """Every step of a chain; in continuous time a grid that is even in λ."""
+    """Every step of a chain; in continuous time a grid that is even in λ. Both to ``ALL_NOISE``."""
     if isinstance(process, Chain):
-        return np.arange(process.num_timesteps, dtype=float)
+        times = np.arange(process.num_timesteps, dtype=float)
+        return times[process.log_snr(times) >= ALL_NOISE]
     high, low = process.log_snr(np.array(process.time_range))
     return process.time(np.linspace(high, max(low, ALL_NOISE), _NUM_TIMES))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jax_ddpm.diffusion.processes import over_the_range_of
 from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.validation import validate, validate_for_data, validate_sampling
@@ -88,7 +89,9 @@ GRIDS = ["uniform", "quadratic", "karras", "log_snr"]
 
 class TestNames:
     @pytest.mark.parametrize(
-        ("field", "known"), [("sampler", SAMPLERS), ("grid", GRIDS)], ids=["sampler", "grid"]
+        ("field", "known"),
+        [("sampler", SAMPLERS), ("grid", ["''", *GRIDS])],
+        ids=["sampler", "grid"],
     )
     def test_unknown_ones_list_the_known(self, field, known):
         message = the_error(validate_sampling, **{f"sampling__{field}": "kutta"})
@@ -443,7 +446,8 @@ def model_of(process, sampler, grid, **fields):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_every_process_has_finite_nodes_for_each_sampler_on_its_grids(process):
-    for sampler, grid in itertools.product(SAMPLERS, GRIDS):
+    """Also on the one that is usual for the sampler, "", which every process has."""
+    for sampler, grid in itertools.product(SAMPLERS, ["", *GRIDS]):
         if process in NO_SIGNAL and grid in ("karras", "log_snr"):
             with pytest.raises(UserError, match=f"config.sampling.grid is '{grid}'; .* signal"):
                 model_of(process, sampler, grid)
@@ -472,4 +476,7 @@ def test_every_model_can_be_sampled_under_every_continuous_process(process):
     models = [
         model_of(process, "dpmpp_2m_sde", "uniform", sampling__process=name) for name in CONTINUOUS
     ]
+    for name, model in zip(CONTINUOUS, models, strict=True):
+        assert model.sampling_process == over_the_range_of(model.process, name)
+        assert model.grid().process is model.sampling_process
     assert_finite_images([[(model, model.sampler().nodes) for model in models]])

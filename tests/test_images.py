@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_ddpm.images import from_levels, grid, load_png, save_grid, save_png, to_uint8
+from jax_ddpm.images import (
+    from_levels,
+    grid,
+    load_png,
+    save_gif,
+    save_grid,
+    save_png,
+    to_uint8,
+)
 
 
 @pytest.mark.parametrize("num_levels", [2, 17, 256])
@@ -61,6 +69,49 @@ def test_grid_file(tmp_path, channels, mode):
         assert (picture.format, picture.mode) == ("PNG", mode)
         pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
     np.testing.assert_array_equal(pixels, grid(to_uint8(images), 3))
+
+
+class TestGif:
+    @staticmethod
+    def moments(count, channels=1):
+        return np.random.default_rng(0).uniform(-1, 1, (count, 5, 8, 8, channels)).astype("f")
+
+    @staticmethod
+    def frames(path):
+        with Image.open(path) as film:
+            assert film.format == "GIF"
+            for i in range(film.n_frames):
+                film.seek(i)
+                yield film.copy(), film.info["duration"]
+
+    def test_shows_the_grid_of_each_moment(self, tmp_path):
+        """Gray to the last level; the enlarged images are half as large as in a PNG."""
+        path, moments = tmp_path / "new" / "film.gif", self.moments(6)
+        save_gif(path, moments, columns=3)
+        shown = [np.asarray(frame.convert("L")) for frame, _ in self.frames(path)]
+        expected = [grid(to_uint8(x), 3, min_size=32)[..., 0] for x in moments]
+        np.testing.assert_array_equal(shown, expected)
+        assert [*path.parent.iterdir()] == [path]
+
+    def test_shows_colours_as_near_as_256_of_them_allow(self, tmp_path):
+        moments = self.moments(3, channels=3)
+        moments[:, :, :, 4:] = moments[:, :, :, :4]  # 160 colours in each
+        save_gif(tmp_path / "film.gif", moments, columns=3)
+        for (frame, _), x in zip(self.frames(tmp_path / "film.gif"), moments, strict=True):
+            expected = grid(to_uint8(x), 3, min_size=32)
+            assert np.abs(np.asarray(frame.convert("RGB")) - expected.astype(int)).mean() < 3
+
+    @pytest.mark.parametrize(("count", "each"), [(2, 2000), (8, 500), (40, 100), (250, 20)])
+    def test_takes_four_seconds_and_then_holds_its_end(self, tmp_path, count, each):
+        """But for frames that viewers would slow down: those shorter than 20 ms."""
+        save_gif(tmp_path / "film.gif", self.moments(count), columns=3)
+        durations = [duration for _, duration in self.frames(tmp_path / "film.gif")]
+        assert durations == [each] * (count - 1) + [2000]
+
+    def test_repeats_for_ever(self, tmp_path):
+        save_gif(tmp_path / "film.gif", self.moments(2), columns=3)
+        with Image.open(tmp_path / "film.gif") as film:
+            assert film.info["loop"] == 0
 
 
 class TestPng:

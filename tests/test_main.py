@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from cli import ROOT, Run
-from PIL import Image
+from PIL import Image, ImageSequence
 
 TINY = [
     "--config.model.base_channels=8",
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """Both configs trained for four steps: config name → workdir."""
+    """Configs trained for four steps: config name → the last picture."""
 
     def train(name):
         flags = [f"--config={ROOT / 'configs' / name}.py", *TINY]
@@ -76,9 +76,9 @@ def runs(folder):
             flags.append(f"--workdir={folder / 'conditional'}")
         return folder / succeeds(*flags, cwd=folder)
 
+    names = ["digits", "digits_conditional", "digits_self_conditioned"]
     with ThreadPoolExecutor() as pool:
-        digits, conditional = pool.map(train, ["digits", "digits_conditional"])
-    return {"digits": digits, "digits_conditional": conditional}
+        return dict(zip(names, pool.map(train, names), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,59 @@ class TestSample:
         assert threes.shape == grid_shape(rows=2, columns=2)
         fourth = mixed[4:68, 4 + 3 * 68 :][:, :64]
         np.testing.assert_allclose(threes[-68:-4, -68:-4].astype(int), fourth, atol=1)
+
+    def test_of_a_self_conditioned_model_in_continuous_time(self, runs, folder):
+        """The config's way of sampling draws the picture of training again, another way others."""
+        picture_of_training = runs["digits_self_conditioned"]
+        workdir, out = picture_of_training.parent.parent, folder / "told.png"
+        flags = [f"--workdir={workdir}", "--num_samples=20", f"--out={out}"]
+        succeeds("--mode=sample", *flags)
+        assert out.read_bytes() == picture_of_training.read_bytes()
+        succeeds("--mode=sample", *flags, "--sampling.eta=0")
+        assert out.read_bytes() != picture_of_training.read_bytes()
+
+    def test_in_other_ways_than_the_run_says(self, digits, folder):
+        """By the short flags or the fields they stand for; the record beside them says how."""
+        flags = ["--mode=sample", f"--workdir={digits}", "--num_samples=2"]
+        short, long = folder / "short.npz", folder / "long.npz"
+        succeeds(*flags, "--sampler=ddim", "--num_steps=3", f"--out={short}")
+        fields = ["--sampling.sampler=ddim", "--sampling.num_steps=3"]
+        succeeds(*flags, *fields, "--sampling.times=()", f"--out={long}")
+        with np.load(short) as one, np.load(long) as other:
+            np.testing.assert_array_equal(one["images"], other["images"])
+        records = [json.loads((folder / f"{out.name}.json").read_text()) for out in (short, long)]
+        assert records[0] == records[1]
+        assert (records[0]["sampler"], records[0]["num_steps"]) == ("ddim", 3)
+
+    def test_as_a_film(self, digits, folder):
+        path = succeeds(
+            "--mode=sample",
+            f"--workdir={digits}",
+            "--num_samples=2",
+            "--progressive=5",
+            "--sampler=heun",
+            "--sampling.grid=karras",
+            "--num_steps=4",
+            f"--out={folder / 'film.gif'}",
+        )
+        with Image.open(path) as film:
+            frames = ImageSequence.Iterator(film)
+            # Where nothing changes two moments become one longer frame.
+            assert sum(frame.info["duration"] for frame in frames) == 4 * 800 + 2000
+
+    def test_with_the_optimal_variance_once_it_is_estimated(self, digits, folder):
+        flags = [f"--workdir={digits}", "--num_examples=20"]
+        path = succeeds("--mode=variance", *flags)
+        assert path == digits / "checkpoints" / "4" / "eps_power_ema.json"
+        statistic = path.read_bytes()
+        pictures = []
+        for name, field in (("plain", []), ("optimal", ["--sampling.variance=optimal"])):
+            out = folder / f"{name}.png"
+            flags = [f"--workdir={digits}", "--num_samples=4", f"--out={out}"]
+            succeeds("--mode=sample", *flags, *field)
+            pictures.append(picture(out))
+        assert np.any(pictures[0] != pictures[1])
+        assert path.read_bytes() == statistic
 
 
 DIGITS = "--config=configs/digits.py"
@@ -250,6 +303,26 @@ WRONG = {
     "unknown_class": ([*CONDITIONAL, "--class=10"], "0 to 9"),
     "no_classes": ([*SAMPLE, "--class=1"], "--class"),
     "too_many_moments": ([*SAMPLE, "--progressive=9"], "8"),
+    "film_is_a_folder": ([*SAMPLE, "--out={files}/full/film.gif"], "film.gif"),
+    # how to sample
+    "unknown_sampler": ([*SAMPLE, "--sampler=dpmpp"], "dpmpp_2m"),
+    "unknown_grid": ([*SAMPLE, "--sampling.grid=cosine"], "karras"),
+    "unknown_process": ([*SAMPLE, "--sampling.process=cosine"], "vp_cosine"),
+    "unknown_sampling_field": ([*SAMPLE, "--sampling.etaa=1"], "--sampling: unknown field 'etaa'"),
+    "field_of_a_sampling_field": ([*SAMPLE, "--sampling.eta.foo=1"], "eta.foo"),
+    "mistyped_sampling_value": ([*SAMPLE, "--sampling.eta=half"], "--sampling.eta=half"),
+    "float_for_a_number_of_steps": ([*SAMPLE, "--num_steps=1e3"], "num_steps"),
+    "words_for_times": ([*SAMPLE, "--sampling.times=a,b"], "config.sampling.times"),
+    "number_for_a_section": ([*SAMPLE, "--sampling=3"], "sampling"),
+    "option_of_another_sampler": ([*SAMPLE, "--sampling.eta=0.5"], "for ddim, dpmpp_2m_sde"),
+    "more_steps_than_the_chain": ([*SAMPLE, "--num_steps=9"], "process.num_timesteps = 8"),
+    "guidance_without_classes": ([*SAMPLE, "--guidance_scale=2"], "config.sampling.guidance_scale"),
+    "away_from_no_class": (
+        [*CONDITIONAL, "--guidance_scale=2", "--sampling.negative_class=10"],
+        "0 to 9",
+    ),
+    "variance_is_not_estimated": ([*CONDITIONAL, "--sampling.variance=optimal"], "--mode=variance"),
+    "variance_of_what": (["--mode=variance"], "--workdir"),
     "both_kinds_of_parameters": ([*SAMPLE, "--ema", "--raw"], "--raw"),
 }
 
@@ -262,6 +335,7 @@ def places(folder, digits, conditional):
         (files / name).parent.mkdir(parents=True, exist_ok=True)
         (files / name).write_text(text)
     (files / "full" / "a.png").mkdir()
+    (files / "full" / "film.gif").mkdir()
     for workdir in (bare, damaged):
         shutil.copytree(digits, workdir)
     shutil.rmtree(bare / "checkpoints")
@@ -292,7 +366,7 @@ def test_mistakes_are_one_line(places, folder, mistake):
 
 
 def test_the_list_of_mistakes_only_grows():
-    assert len(WRONG) >= 53
+    assert len(WRONG) >= 69
 
 
 def test_importing_the_package_is_light():

@@ -16,6 +16,7 @@ import pytest
 import tiny
 from cli import Run
 from jax.sharding import Mesh
+from PIL import Image, ImageSequence
 
 from jax_ddpm import factory, images, trained
 from jax_ddpm.errors import UserError
@@ -423,6 +424,36 @@ class TestKinds:
         np.testing.assert_allclose(shown[3::8].astype(int), expected[:5], atol=1)
 
 
+class TestFilm:
+    """A .gif shows x_t at as many moments as asked for, by default at up to 40."""
+
+    @staticmethod
+    def frames(path):
+        with Image.open(path) as film:
+            return [np.asarray(frame.copy().convert("L")) for frame in ImageSequence.Iterator(film)]
+
+    def test_leads_from_noise_to_the_samples(self, model, expected, tmp_path):
+        write_samples(model, tmp_path / "new" / "film.gif", 5)
+        frames = self.frames(tmp_path / "new" / "film.gif")
+        x, _ = model.generator(SIZE, 8).snapshots(model.params, 0, 5)
+        shown = [images.grid(images.to_uint8(x_t), 3, min_size=32)[..., 0] for x_t in x]
+        np.testing.assert_array_equal(frames, shown)
+        end = images.grid(expected[:5], 3, min_size=32)[..., 0]
+        np.testing.assert_allclose(frames[-1].astype(int), end, atol=1)
+        assert [*everything(tmp_path)] == ["new", "new/film.gif"]
+
+    @pytest.mark.parametrize(("num_timesteps", "moments", "shown"), [(60, 1, 40), (60, 3, 3)])
+    def test_has_as_many_frames_as_asked_for(self, make, tmp_path, num_timesteps, moments, shown):
+        model = make(process__num_timesteps=num_timesteps)
+        write_samples(model, tmp_path / "film.gif", 2, moments=moments)
+        assert len(self.frames(tmp_path / "film.gif")) == shown
+
+    def test_of_fewer_evaluations_shows_each_of_them(self, make, tmp_path):
+        model = make(sampling__sampler="heun", sampling__num_steps=2)
+        write_samples(model, tmp_path / "film.gif", 2)
+        assert len(self.frames(tmp_path / "film.gif")) == 3
+
+
 @pytest.mark.parametrize(
     ("batch_size", "num_devices"), [(1, 1), (3, 1), (4, 1), (64, 1), (1, 4), (6, 4)]
 )
@@ -529,6 +560,8 @@ class TestRefusals:
         assert "x.png is a folder" in self.refuses(model, tmp_path / "x.png", moments=moments)
         (tmp_path / "x.npz").mkdir()
         assert "x.npz is a folder" in self.refuses(model, tmp_path / "x.npz")
+        (tmp_path / "x.gif").mkdir()
+        assert "x.gif is a folder" in self.refuses(model, tmp_path / "x.gif", moments=moments)
 
     @pytest.mark.parametrize("name", ["file", "file.jpg"])
     def test_of_files_that_are_no_folder(self, model, tmp_path, name):
@@ -552,7 +585,8 @@ class TestRefusals:
         assert "not empty" in self.refuses(model, pathlib.Path("."))
 
     @pytest.mark.parametrize(
-        ("name", "moments"), [("folder", 2), ("x.npz", 2), ("x.png", 9), ("x.png", 100)]
+        ("name", "moments"),
+        [("folder", 2), ("x.npz", 2), ("x.png", 9), ("x.png", 100), ("x.gif", 9)],
     )
     def test_of_moments_that_cannot_be_shown(self, model, tmp_path, name, moments):
         line = self.refuses(model, tmp_path / name, moments=moments)

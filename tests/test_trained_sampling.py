@@ -9,10 +9,10 @@ import tiny
 
 import jax_ddpm
 from jax_ddpm import factory
+from jax_ddpm.companions import eps_power_path
 from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
 from jax_ddpm.errors import UserError
 from jax_ddpm.sampling import write_samples
-from jax_ddpm.trained import eps_power_path
 from jax_ddpm.training.checkpoint import Checkpoints
 from jax_ddpm.training.identity import save_identity
 from jax_ddpm.training.state import TrainState

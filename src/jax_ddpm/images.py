@@ -46,12 +46,15 @@ def save_grid(path: pathlib.Path, images: Float[np.ndarray, "n h w c"], columns:
 
 
 def save_gif(path: pathlib.Path, moments: Float[np.ndarray, "k n h w c"], columns: int) -> None:
-    """Writes grids of images in [-1, 1] as the frames of a film of four seconds, its end held."""
+    """Writes grids of images in [-1, 1] as the frames of a film, its end held for two seconds.
+
+    It takes four seconds, or longer where frames would be shorter than viewers show.
+    """
     from PIL import Image
 
     grids = [grid(to_uint8(images), columns, min_size=32) for images in moments]
     frames = [Image.fromarray(g.squeeze(-1) if g.shape[-1] == 1 else g) for g in grids]
-    milliseconds = [4000 // len(frames)] * (len(frames) - 1) + [2000]
+    milliseconds = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]
     with replacing(path) as partial:
         frames[0].save(
             partial, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0

@@ -261,6 +261,12 @@ def main(argv: list[str]) -> None:
         "fid_stats": run_fid_stats,
     }
     try:
+        for name in options.unused(options.MODE.value):
+            fits = [mode for mode, taken in options.MODES.items() if name in taken]
+            raise UserError(
+                f"--{name} does nothing with --mode={options.MODE.value}: it is for "
+                f"--mode={' or '.join(fits)}"
+            )
         if options.MODE.value == "compare":
             print(run_compare(argv[1:]))
             return

@@ -11,8 +11,37 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; for training runs/<config name> by default."
 )
-MODES = ["train", "check", "sample", "edit", "eval", "variance", "fid_stats", "compare"]
-MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_OF_A_RUN = (
+    *("workdir", "ema", "raw", "checkpoint_step"),
+    *("sampling", "sampler", "num_steps", "guidance_scale"),
+)
+# What each mode does, and the flags that it takes.
+MODES = {
+    "train": ("config", "workdir", "accept_changes"),
+    "check": ("config", "workdir"),
+    "sample": (
+        *_OF_A_RUN,
+        *("num_samples", "sample_batch", "class", "seed", "progressive", "out"),
+    ),
+    "edit": (
+        *_OF_A_RUN,
+        *("num_samples", "sample_batch", "class", "seed", "out", "edit", "images", "mask"),
+        *("factor", "strength", "resamplings", "jump_length"),
+    ),
+    "eval": (
+        *_OF_A_RUN,
+        *("config", "num_samples", "sample_batch", "seed", "out", "metrics", "num_seeds"),
+        *("samples", "reference", "extractor", "split", "num_examples", "calibrate"),
+        *("cache", "data_path"),
+    ),
+    "variance": (*_OF_A_RUN, "sample_batch", "num_examples", "data_path"),
+    "fid_stats": (
+        *("config", "workdir", "sample_batch", "out", "samples", "extractor", "split"),
+        *("cache", "data_path"),
+    ),
+    "compare": (),
+}
+MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 ACCEPT_CHANGES = flags.DEFINE_bool(
     "accept_changes", False, "Go on with a run although its config or data has changed in meaning."
 )
@@ -104,3 +133,12 @@ def define_sampling(argv: list[str]) -> None:
         "How to sample: each field of the config's section, in place of what the run says.",
         sys_argv=argv,
     )
+
+
+def unused(mode: str) -> list[str]:
+    """The flags that are given although the mode does not take them."""
+    ours = [flag.name for flag in flags.FLAGS.get_key_flags_for_module("jax_ddpm.options")]
+    given = [name for name in ours if flags.FLAGS[name].present]
+    if config_flags.get_override_values(flags.FLAGS["sampling"]):
+        given.append("sampling")
+    return [name for name in given if name not in ("mode", *MODES[mode])]

@@ -1,6 +1,5 @@
 """A trained model, read from the folder of its run."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -10,16 +9,15 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images
+from jax_ddpm.companions import load_companions
 from jax_ddpm.config import default
 from jax_ddpm.data.source import Spec
-from jax_ddpm.diffusion.guidance import NoisyClassifier
-from jax_ddpm.diffusion.optimal_variance import EpsPower
 from jax_ddpm.diffusion.processes import CONTINUOUS
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Companions
 from jax_ddpm.generate import Generator
 from jax_ddpm.training import checkpoint
-from jax_ddpm.training.checkpoint import digest
+from jax_ddpm.training.checkpoint import choose_step, digest
 from jax_ddpm.training.identity import load_identity
 from jax_ddpm.training.step import data_mesh
 from jax_ddpm.validation import validate_for_data, validate_sampling
@@ -111,23 +109,10 @@ def load(
     validate_sampling(config)
     validate_for_data(config, spec.image_shape, spec.num_classes)
     item = "params" if raw else "ema"
-    step = _step(workdir, step, item)
+    step = choose_step(workdir, step, item)
     params = checkpoint.restore_item(workdir, step, item)["network"]
-    companions = _companions(config, spec, workdir, step, item)
+    companions = load_companions(config, spec, workdir, step, item)
     return Trained(config, spec, step, item, params, companions)
-
-
-def _step(workdir: pathlib.Path, step: int | None, item: str) -> int:
-    known = checkpoint.steps(workdir)
-    if step is None:
-        step = checkpoint.newest(workdir, [item])
-    if step is None or not known:
-        raise UserError(f"--workdir={workdir}: no checkpoint there yet; train on")
-    if step not in known:
-        raise UserError(
-            f"--checkpoint_step={step}: {workdir} has checkpoints at {', '.join(map(str, known))}"
-        )
-    return step
 
 
 def sampling_record(config: ConfigDict) -> dict[str, Any]:
@@ -146,73 +131,3 @@ def sampling_record(config: ConfigDict) -> dict[str, Any]:
             if name not in passed_over and value != usual[name]
         }
     )
-
-
-def _companions(
-    config: ConfigDict, spec: Spec, workdir: pathlib.Path, step: int, item: str
-) -> Companions:
-    """What ``config.sampling`` names beside the model itself."""
-    sampling, companions = config.sampling, factory.ALONE
-    if sampling.variance == "optimal":
-        statistic = load_eps_power(workdir, step, item)
-        record = {"eps_power_sha256": digest(statistic)}
-        companions = companions._replace(eps_power=statistic, record=record)
-    if sampling.guidance == "classifier_free":
-        return companions
-    guide_workdir = pathlib.Path(sampling.guide)
-    guide_config, guide_spec = load_identity(guide_workdir)
-    wanted, process = (
-        {
-            "classifier": ("noisy_classification", "a classifier of x_t"),
-            "autoguidance": ("diffusion", "a diffusion model"),
-        }[sampling.guidance],
-        config.process,
-    )
-    for held, needed, name in (
-        (guide_config.task, wanted[0], f"is not {wanted[1]}"),
-        (guide_config.process, process, "was trained under another process"),
-        (guide_spec.image_shape, spec.image_shape, f"is for images of {guide_spec.image_shape}"),
-    ):
-        if held != needed:
-            raise UserError(
-                f"config.sampling.guide={guide_workdir}: the run there {name}; take one that fits "
-                f"guidance={sampling.guidance} of {workdir}"
-            )
-    guide_step = _step(guide_workdir, sampling.guide_step or None, item)
-    params = checkpoint.restore_item(guide_workdir, guide_step, item)["network"]
-    guide_model = factory.make_model(guide_config, guide_spec)
-    record = companions.record | {"guide_sha256": digest(params)}
-    companions = companions._replace(record=record)
-    if isinstance(guide_model, factory.Model):
-        return companions._replace(guide=guide_model.denoiser(params, clip=False))
-    assert isinstance(guide_model, factory.NoisyClassifier)
-    classifier = NoisyClassifier(params, guide_model.network.apply, guide_model.parameterisation)
-    return companions._replace(guide=classifier, num_classes=guide_model.num_classes)
-
-
-def eps_power_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:
-    """Where the statistic of a checkpoint's optimal variance lies."""
-    return checkpoint.folder(workdir) / str(step) / f"eps_power_{item}.json"
-
-
-def load_eps_power(workdir: pathlib.Path, step: int, item: str) -> EpsPower:
-    """The statistic that ``--mode=variance`` has stored with a checkpoint.
-
-    Raises:
-      UserError: where it has not, or the file is damaged.
-    """
-    path = eps_power_path(workdir, step, item)
-    try:
-        stored = json.loads(path.read_text())
-        table = np.array([stored[name] for name in EpsPower._fields], float)
-        rises = table.ndim == 2 and table.size > 0 and np.all(np.diff(table[0]) > 0)
-        if not (rises and np.all(np.isfinite(table))):
-            raise ValueError("no table of finite numbers at rising λ")
-        return EpsPower(*table)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"config.sampling.variance=optimal: {path} is missing; make it by "
-            f"--mode=variance --workdir={workdir}"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; make it anew by --mode=variance") from error

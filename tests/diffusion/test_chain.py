@@ -190,6 +190,14 @@ class TestProcess:
         assert on_host.dtype == in_jax.dtype == np.float64
         np.testing.assert_allclose(in_jax, on_host, rtol=1e-12, atol=1e-13)
 
+    @pytest.mark.parametrize("method", ["alpha", "sigma", "log_snr", "time"])
+    @pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+    def test_float32_stays_float32(self, chain, between, method, array):
+        argument = chain.log_snr(between) if method == "time" else between
+        result = getattr(chain, method)(array(argument, np.float32))
+        assert result.dtype == np.float32
+        assert isinstance(result, type(array(0.0)))
+
 
 class TestConstruction:
     @pytest.mark.parametrize("name", SCHEDULES)

@@ -161,6 +161,11 @@ class TestOverTheRangeOf:
             assert process.schedule == plain.schedule
 
     @pytest.mark.parametrize("trained", TRAINED)
+    def test_of_noise_levels_has_the_whole_of_its_own_range(self, trained):
+        process = over_the_range_of(trained_process(trained), "ve")
+        np.testing.assert_allclose(process.time_range, (0, 1), atol=1e-9)
+
+    @pytest.mark.parametrize("trained", TRAINED)
     @pytest.mark.parametrize("name", ["ve", "edm"])
     def test_under_variance_explosion_starts_from_the_noise_of_its_end(self, trained, name):
         process = over_the_range_of(trained_process(trained), name)

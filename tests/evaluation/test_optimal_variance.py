@@ -8,6 +8,7 @@ import pytest
 import tiny
 from exact import GaussianDenoiser
 
+from jax_ddpm.companions import eps_power_path, load_eps_power
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import ALL_NOISE
@@ -19,7 +20,7 @@ from jax_ddpm.evaluation.optimal_variance import (
     visited_times,
 )
 from jax_ddpm.stopping import Stopped
-from jax_ddpm.trained import Trained, eps_power_path, load_eps_power
+from jax_ddpm.trained import Trained
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -110,6 +110,36 @@ def inputs():
     }
 
 
+class TestSelfConditioning:
+    """x comes with an earlier estimate of the clean image."""
+
+    def test_costs_the_first_convolution_twice_its_channels(self):
+        _, without = shapes_of(UNet(3, 8, (1,), 1, (), 4), 8, 8, 3)
+        _, with_estimate = shapes_of(UNet(3, 8, (1,), 1, (), 4, self_condition=True), 8, 8, 3)
+        assert count(with_estimate) - count(without) == 3 * 3 * 3 * 8
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def network():
+        apply, params = make(**ONE_LEVEL, self_condition=True)
+        return apply, trained(params)
+
+    def test_without_an_estimate_is_that_of_0(self, network, inputs):
+        apply, params = network
+        x, time, given = inputs["x"], inputs["time"], inputs["conditioning"]
+        zero = apply(params, x, time, given | {"x0_estimate": np.zeros_like(x)})
+        np.testing.assert_array_equal(apply(params, x, time, given), zero)
+
+    def test_depends_on_each_examples_own_estimate(self, network, inputs):
+        apply, params = network
+        x, time, given = inputs["x"], inputs["time"], inputs["conditioning"]
+        estimate = np.zeros_like(x)
+        estimate[[0, 2]] = 0.5
+        changed = apply(params, x, time, given | {"x0_estimate": estimate})
+        difference = np.abs(changed - apply(params, x, time, given)).max(axis=(1, 2, 3))
+        assert (difference > 1e-4).tolist() == [True, False, True, False]
+
+
 def test_output_starts_near_0(tiny, inputs):
     apply, params = tiny
     assert np.abs(apply(params, **inputs)).max() < 1e-3

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_ddpm.companions import eps_power_path
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.chain import Chain
@@ -19,7 +20,7 @@ from jax_ddpm.images import from_levels
 from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.pipeline import run_ahead
 from jax_ddpm.stopping import Poll, never
-from jax_ddpm.trained import Trained, eps_power_path
+from jax_ddpm.trained import Trained
 from jax_ddpm.training.step import data_mesh
 
 _NUM_TIMES = 200  # of a process without steps of its own

@@ -94,6 +94,24 @@ def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | N
     return None
 
 
+def choose_step(workdir: pathlib.Path, step: int | None, item: str) -> int:
+    """The step asked for, or else of the newest checkpoint whose ``item`` is whole.
+
+    Raises:
+      UserError: where there is no such checkpoint.
+    """
+    known = steps(workdir)
+    if step is None:
+        step = newest(workdir, [item])
+    if step is None or not known:
+        raise UserError(f"--workdir={workdir}: no checkpoint there yet; train on")
+    if step not in known:
+        raise UserError(
+            f"--checkpoint_step={step}: {workdir} has checkpoints at {', '.join(map(str, known))}"
+        )
+    return step
+
+
 def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
     """One item of a checkpoint, such as "ema" or "params", as a tree of NumPy arrays.
 

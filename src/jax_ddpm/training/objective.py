@@ -112,7 +112,7 @@ class DiffusionObjective:
         if not self.augment:
             return estimate
         told = jax.vmap(jax.random.bernoulli)(keys.per_example(Stream.SELF_CONDITION))
-        return jnp.where(expand(told, estimate), estimate, 0)
+        return expand(told.astype(estimate.dtype), estimate) * estimate
 
     def _loss(self, output: Array, x0: Array, xt: Array, eps: Array, t: Array) -> Array:
         if self.loss == "bound":

@@ -321,7 +321,8 @@ class TestGuidance:
 
         @jax.jit
         def predict(params):
-            plain, guided = unet.denoiser(params).denoiser, of_scale.guided_denoiser(params).denoiser
+            plain = unet.denoiser(params).denoiser
+            guided = of_scale.guided_denoiser(params).denoiser
             given = {"label": label}
             return plain(x, t, given).eps, plain(x, t, null).eps, guided(x, t, given).eps
 

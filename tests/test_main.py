@@ -239,7 +239,10 @@ WRONG = {
     "config_without_function": (["--config={files}/empty.py"], "get_config"),
     # fields
     "unknown_field": ([DIGITS, "--config.model.base_chanels=8"], "base_chanels"),
-    "unknown_section": ([DIGITS, "--config.modle.base_channels=8"], "modle"),
+    "unknown_section": (
+        [DIGITS, "--config.modle.base_channels=8"],
+        "--config: unknown field 'modle'",
+    ),
     "mistyped_value": ([DIGITS, "--config.seed=zero"], "seed"),
     "float_for_an_integer": ([DIGITS, "--config.training.num_steps=1e3"], "num_steps"),
     "bad_value": ([DIGITS, "--config.training.batch_size=0"], "config.training.batch_size"),

@@ -124,6 +124,12 @@ class TestSamples:
         assert np.all(np.any(fewer != plain, axis=(1, 2, 3)))
         np.testing.assert_array_equal(jax_ddpm.load(workdir, num_steps=8).sample(6), plain)
 
+    @pytest.mark.parametrize("fields", [{}, {"num_steps": 5}, {"grid": "quadratic"}], ids=str)
+    def test_visit_the_times_that_are_given(self, workdir, fields):
+        """Between whole steps too, and whatever the grid and the number of steps would be."""
+        run = jax_ddpm.load(workdir, times=(7.0, 2.5, 1.0), **fields)
+        np.testing.assert_array_equal(run.model.sampler().nodes.time, [7.0, 2.5, 1.0])
+
     def test_at_scale_1_are_those_of_the_conditional_model(self, workdir, plain):
         run = jax_ddpm.load(workdir, guidance_scale=1.0)
         np.testing.assert_array_equal(run.sample(6), plain)

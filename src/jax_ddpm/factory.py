@@ -188,7 +188,7 @@ class Model:
     def grid(self) -> Grid:
         """Where sampling goes, from noise to clean data."""
         sampling, process = self._sampling, self.sampling_process
-        if False:
+        if sampling.times:
             return to_clean(process, np.array(sampling.times, float))
         num_steps = sampling.num_steps
         if isinstance(process, Chain):

@@ -194,7 +194,7 @@ class TestSample:
     def test_with_the_optimal_variance_once_it_is_estimated(self, digits, folder):
         flags = [f"--workdir={digits}", "--num_examples=20"]
         path = succeeds("--mode=variance", *flags)
-        assert path == digits / "checkpoints" / "4" / "eps_power_ema.json"
+        assert path == digits / "checkpoints" / "4" / "x0_error_ema.json"
         statistic = path.read_bytes()
         pictures = []
         for name, field in (("plain", []), ("optimal", ["--sampling.variance=optimal"])):

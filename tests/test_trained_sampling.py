@@ -9,7 +9,7 @@ import tiny
 
 import jax_ddpm
 from jax_ddpm import factory
-from jax_ddpm.companions import eps_power_path
+from jax_ddpm.companions import x0_error_path
 from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
 from jax_ddpm.errors import UserError
 from jax_ddpm.sampling import write_samples
@@ -247,9 +247,9 @@ class TestOptimalVariance:
     """By the statistic that lies beside the parameters."""
 
     @staticmethod
-    def store(workdir, power):
-        statistic = {"log_snr": [-10.0, 10.0], "power": power}
-        eps_power_path(workdir, 2, "ema").write_text(json.dumps(statistic))
+    def store(workdir, mse):
+        statistic = {"log_snr": [-10.0, 10.0], "mse": mse}
+        x0_error_path(workdir, 2, "ema").write_text(json.dumps(statistic))
 
     def test_needs_the_statistic(self, make):
         with pytest.raises(UserError, match=r"sampling\.variance=optimal: .* is missing"):

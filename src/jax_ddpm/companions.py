@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from jax_ddpm import factory
 from jax_ddpm.data.source import Spec
 from jax_ddpm.diffusion.guidance import NoisyClassifier
-from jax_ddpm.diffusion.optimal_variance import EpsPower
+from jax_ddpm.diffusion.optimal_variance import X0Error
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import ALONE, Companions
 from jax_ddpm.training import checkpoint
@@ -29,9 +29,9 @@ def load_companions(
     """
     sampling, companions = config.sampling, ALONE
     if sampling.variance == "optimal":
-        statistic = load_eps_power(workdir, step, item)
-        record = {"eps_power_sha256": digest(statistic)}
-        companions = companions._replace(eps_power=statistic, record=record)
+        statistic = load_x0_error(workdir, step, item)
+        record = {"x0_error_sha256": digest(statistic)}
+        companions = companions._replace(x0_error=statistic, record=record)
     if sampling.guidance == "classifier_free":
         return companions
     guide = pathlib.Path(sampling.guide)
@@ -58,25 +58,25 @@ def load_companions(
     return companions._replace(guide=classifier, num_classes=model.num_classes)
 
 
-def eps_power_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:
+def x0_error_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:
     """Where the statistic of a checkpoint's optimal variance lies."""
-    return checkpoint.folder(workdir) / str(step) / f"eps_power_{item}.json"
+    return checkpoint.folder(workdir) / str(step) / f"x0_error_{item}.json"
 
 
-def load_eps_power(workdir: pathlib.Path, step: int, item: str) -> EpsPower:
+def load_x0_error(workdir: pathlib.Path, step: int, item: str) -> X0Error:
     """The statistic that ``--mode=variance`` has stored with a checkpoint.
 
     Raises:
       UserError: where it has not, or the file is damaged.
     """
-    path = eps_power_path(workdir, step, item)
+    path = x0_error_path(workdir, step, item)
     try:
         stored = json.loads(path.read_text())
-        table = np.array([stored[name] for name in EpsPower._fields], float)
+        table = np.array([stored[name] for name in X0Error._fields], float)
         rises = table.ndim == 2 and table.size > 0 and np.all(np.diff(table[0]) > 0)
         if not (rises and np.all(np.isfinite(table))):
             raise ValueError("no table of finite numbers at rising λ")
-        return EpsPower(*table)
+        return X0Error(*table)
     except FileNotFoundError as error:
         raise UserError(
             f"config.sampling.variance=optimal: {path} is missing; make it by "

@@ -25,7 +25,7 @@ from jax_ddpm.diffusion.guidance import (
     RescaledGuidance,
 )
 from jax_ddpm.diffusion.likelihood import ModelVariance
-from jax_ddpm.diffusion.optimal_variance import EpsPower, optimal_variance
+from jax_ddpm.diffusion.optimal_variance import X0Error, optimal_variance
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.processes import make_process, over_the_range_of
@@ -69,13 +69,13 @@ class Companions(NamedTuple):
     Attributes:
       guide: a worse denoiser for autoguidance, or log p(label | x_t) for classifier guidance.
       num_classes: of that classifier.
-      eps_power: the statistic of the optimal variance.
+      x0_error: the statistic of the optimal variance.
       record: which guide it is, as JSON.
     """
 
     guide: Any = None
     num_classes: int = 0
-    eps_power: EpsPower | None = None
+    x0_error: X0Error | None = None
     record: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -206,8 +206,8 @@ class Model:
         if "variance" in method.options:
             options["variance"] = options.get("variance", self.variance)
             if options["variance"] == "optimal":
-                assert self._companions.eps_power is not None
-                options["variance"] = optimal_variance(grid, self._companions.eps_power)
+                assert self._companions.x0_error is not None
+                options["variance"] = optimal_variance(grid, self._companions.x0_error)
         return method.make(grid, **options)
 
 

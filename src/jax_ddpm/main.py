@@ -171,13 +171,13 @@ def run_eval(poll: Poll) -> str:
 
 def run_variance(poll: Poll) -> pathlib.Path:
     """Estimates what ``--sampling.variance=optimal`` needs, and stores it with the checkpoint."""
-    from jax_ddpm.evaluation.optimal_variance import store_eps_power
+    from jax_ddpm.evaluation.optimal_variance import store_x0_error
 
     if options.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --mode=variance --workdir=runs/digits")
     trained, source = _load(), _source()
     assert source is not None
-    return store_eps_power(
+    return store_x0_error(
         trained,
         source,
         pathlib.Path(options.WORKDIR.value),

@@ -8,15 +8,15 @@ import pytest
 import tiny
 from exact import GaussianDenoiser
 
-from jax_ddpm.companions import eps_power_path, load_eps_power
+from jax_ddpm.companions import load_x0_error, x0_error_path
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import ALL_NOISE
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import optimal_variance as module
 from jax_ddpm.evaluation.optimal_variance import (
-    estimate_eps_power,
-    store_eps_power,
+    estimate_x0_error,
+    store_x0_error,
     visited_times,
 )
 from jax_ddpm.stopping import Stopped
@@ -108,12 +108,12 @@ class TestVisitedTimes:
 class TestEstimate:
     @every_process
     def test_is_that_of_the_training_split(self, source, fields):
-        """E‖ε̂‖²/d = σ²·(α²·E(x_0 - MEAN)² + σ²)/(α²·VAR + σ²)², of an exact denoiser on other data.
+        """Of an exact denoiser, x_0 - x̂_0 = (σ²·(x_0 - MEAN) - ασ·VAR·ε)/(α²·VAR + σ²).
 
         With one draw for each of n pixels; the error of a sum of n squares is √(2/n) at most.
         """
         trained = make_trained(source, exact=True, **fields)
-        statistic = estimate_eps_power(trained, source, SIZE, 64)
+        statistic = estimate_x0_error(trained, source, SIZE, 64)
         process = trained.model.process
         images = source.batch("train", np.arange(SIZE))["image"]
         spread = np.mean((images / (LEVELS - 1) * 2 - 1 - MEAN) ** 2)
@@ -121,9 +121,10 @@ class TestEstimate:
         np.testing.assert_array_equal(np.sort(process.log_snr(times)), statistic.log_snr)
         alpha, sigma = process.alpha(times), process.sigma(times)
         order = np.argsort(process.log_snr(times))
-        expected = sigma**2 * (alpha**2 * spread + sigma**2) / (alpha**2 * VAR + sigma**2) ** 2
+        squares = sigma**4 * spread + (alpha * sigma * VAR) ** 2
+        expected = squares / (alpha**2 * VAR + sigma**2) ** 2
         error = 5 * np.sqrt(2 / images.size)
-        np.testing.assert_allclose(statistic.power, expected[order], rtol=error)
+        np.testing.assert_allclose(statistic.mse, expected[order], rtol=error)
 
     @pytest.mark.parametrize("fields", [{}, CONTINUOUS], ids=["chain", "continuous"])
     @pytest.mark.parametrize(("batch_size", "num_devices"), [(7, 1), (64, 4), (300, 2)])
@@ -132,23 +133,23 @@ class TestEstimate:
     ):
         trained = make_trained(source, **fields)
         over(1)
-        expected = estimate_eps_power(trained, source, 50, 50)
+        expected = estimate_x0_error(trained, source, 50, 50)
         over(num_devices)
-        actual = estimate_eps_power(trained, source, 50, batch_size)
+        actual = estimate_x0_error(trained, source, 50, batch_size)
         np.testing.assert_array_equal(actual.log_snr, expected.log_snr)
-        np.testing.assert_allclose(actual.power, expected.power, rtol=1e-5)
+        np.testing.assert_allclose(actual.mse, expected.mse, rtol=1e-5)
 
     def test_of_more_examples_than_there_are_is_that_of_all(self, source, trained):
-        everything, more = (estimate_eps_power(trained, source, n, 64) for n in (SIZE, 10_000))
-        np.testing.assert_array_equal(everything.power, more.power)
+        everything, more = (estimate_x0_error(trained, source, n, 64) for n in (SIZE, 10_000))
+        np.testing.assert_array_equal(everything.mse, more.mse)
 
     def test_of_a_conditional_model_is_told_the_labels(self, source, trained):
         """The network adds a number of each label, so other labels give other errors."""
         data = source.batch("train", np.arange(SIZE))
         other = {"image": data["image"], "label": (data["label"] + 1) % 3}
         relabelled = ArraySource({"train": other, "heldout": other}, LEVELS, "relabelled")
-        one, two = (estimate_eps_power(trained, s, SIZE, 64) for s in (source, relabelled))
-        assert np.all(one.power != two.power)
+        one, two = (estimate_x0_error(trained, s, SIZE, 64) for s in (source, relabelled))
+        assert np.all(one.mse != two.mse)
 
     def test_is_asked_to_stop_between_batches(self, source, trained):
         asked = []
@@ -159,30 +160,30 @@ class TestEstimate:
                 raise Stopped("SIGTERM")
 
         with pytest.raises(Stopped):
-            estimate_eps_power(trained, source, 100, 8, poll)
+            estimate_x0_error(trained, source, 100, 8, poll)
 
     def test_that_is_not_finite_is_refused(self, source):
         trained = make_trained(source)
         trained.params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), trained.params)
-        with pytest.raises(UserError, match="values of the ε̂ are not finite"):
-            estimate_eps_power(trained, source, 8, 8)
+        with pytest.raises(UserError, match="values of the errors are not finite"):
+            estimate_x0_error(trained, source, 8, 8)
 
 
 class TestStored:
     @pytest.fixture
     def workdir(self, source, trained, tmp_path):
         (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-        store_eps_power(trained, source, tmp_path, 20, 8)
+        store_x0_error(trained, source, tmp_path, 20, 8)
         return tmp_path
 
     def test_comes_back_as_it_was(self, source, trained, workdir):
-        expected = estimate_eps_power(trained, source, 20, 8)
-        loaded = load_eps_power(workdir, 4, "ema")
+        expected = estimate_x0_error(trained, source, 20, 8)
+        loaded = load_x0_error(workdir, 4, "ema")
         np.testing.assert_array_equal(loaded.log_snr, expected.log_snr)
-        np.testing.assert_array_equal(loaded.power, expected.power)
+        np.testing.assert_array_equal(loaded.mse, expected.mse)
 
     def test_says_of_what_it_is(self, source, trained, workdir):
-        record = json.loads(eps_power_path(workdir, 4, "ema").read_text())
+        record = json.loads(x0_error_path(workdir, 4, "ema").read_text())
         assert record["model"] == trained.model_record
         assert (record["data"], record["num_examples"]) == ("random", 20)
 
@@ -190,7 +191,7 @@ class TestStored:
     def test_of_other_parameters_is_missing(self, workdir, step, item):
         """In one line that says how it is made."""
         with pytest.raises(UserError, match=r"sampling\.variance=optimal: .* is missing") as caught:
-            load_eps_power(workdir, step, item)
+            load_x0_error(workdir, step, item)
         assert "--mode=variance" in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -203,16 +204,16 @@ class TestStored:
             "3",
             "{}",
             '{"log_snr": [1, 2]}',
-            '{"log_snr": [1, 2], "power": [0.5]}',
-            '{"log_snr": [1, 2], "power": [0.5, NaN]}',
-            '{"log_snr": [2, 1], "power": [0.5, 0.5]}',
-            '{"log_snr": [], "power": []}',
-            '{"log_snr": ["a"], "power": ["b"]}',
-            '{"log_snr": 1, "power": 0.5}',
+            '{"log_snr": [1, 2], "mse": [0.5]}',
+            '{"log_snr": [1, 2], "mse": [0.5, NaN]}',
+            '{"log_snr": [2, 1], "mse": [0.5, 0.5]}',
+            '{"log_snr": [], "mse": []}',
+            '{"log_snr": ["a"], "mse": ["b"]}',
+            '{"log_snr": 1, "mse": 0.5}',
         ],
     )
     def test_that_is_damaged_is_one_line(self, workdir, text):
-        eps_power_path(workdir, 4, "ema").write_text(text)
+        x0_error_path(workdir, 4, "ema").write_text(text)
         with pytest.raises(UserError, match="is damaged; make it anew") as caught:
-            load_eps_power(workdir, 4, "ema")
+            load_x0_error(workdir, 4, "ema")
         assert "\n" not in str(caught.value)

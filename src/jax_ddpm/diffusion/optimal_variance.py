@@ -13,14 +13,14 @@ from jax_ddpm.diffusion.process import Process, fold_in, per_example_normal, q_s
 from jax_ddpm.diffusion.samplers.grid import Grid
 
 
-class EpsPower(NamedTuple):
-    """E‖ε̂(x_t)‖²/d over the data and the noise, at rising λ."""
+class X0Error(NamedTuple):
+    """E‖x_0 - x̂_0(x_t)‖²/d over the data and the noise, at rising λ."""
 
     log_snr: Float64[np.ndarray, " n"]
-    power: Float64[np.ndarray, " n"]
+    mse: Float64[np.ndarray, " n"]
 
 
-def eps_power(
+def x0_error(
     process: Process,
     denoiser: Denoiser,
     x0: Float[Array, "batch *shape"],
@@ -28,26 +28,27 @@ def eps_power(
     keys: Any,
     conditioning: Conditioning,
 ) -> Float[Array, "n batch"]:
-    """‖ε̂(x_t)‖²/d of each example at each time, with one draw of x_t ~ q(x_t | x_0)."""
+    """‖x_0 - x̂_0‖²/d of each example at each time, with one draw of x_t ~ q(x_t | x_0)."""
 
     def at(row: tuple[Array, Array]) -> Array:
         index, t = row
         xt = q_sample(process, x0, t, per_example_normal(fold_in(keys, index), x0))
-        return mean_over_dims(denoiser(xt, t, conditioning).eps ** 2)
+        return mean_over_dims((x0 - denoiser(xt, t, conditioning).x0) ** 2)
 
     return jax.lax.map(at, (jnp.arange(times.size), times))
 
 
-def optimal_variance(grid: Grid, statistic: EpsPower) -> Float64[np.ndarray, " steps"]:
+def optimal_variance(grid: Grid, statistic: X0Error) -> Float64[np.ndarray, " steps"]:
     """σ*² of each step, for ``ancestral`` (Bao et al. 2022, theorem 1 and its bounds, theorem 2).
 
-        σ*² = β̃ + c_0²·Cov,   Cov = (σ/α)²·(1 - E‖ε̂‖²/d),
+        σ*² = β̃ + c_0²·Cov,   Cov = E‖x_0 - x̂_0‖²/d,
 
     where c_0 weights x̂_0 in the posterior mean and Cov is what x_t leaves unknown of x_0, at most 1
-    for data in [-1, 1]. Between the λ of the statistic Cov is interpolated, beyond them it is held.
-    A step to clean data draws no noise.
+    for data in [-1, 1]. Of an exact model that is their (σ/α)²·(1 - E‖ε̂‖²/d); the error itself is
+    also the optimum of a model that is not, and is estimated at high noise as well as at low (Bao
+    et al. 2022, "Estimating the optimal covariance with imperfect mean", theorem 3.1). Between the
+    λ of the statistic it is interpolated, beyond them held. A step to clean data draws no noise.
     """
-    unknown = np.clip(np.exp(-statistic.log_snr) * (1 - statistic.power), 0, 1)
-    unknown = np.interp(grid.now.log_snr, statistic.log_snr, unknown)
+    unknown = np.interp(grid.now.log_snr, statistic.log_snr, np.minimum(statistic.mse, 1))
     step = grid.posterior
     return np.where(grid.after.sigma > 0, step.variance + step.coef_x0**2 * unknown, 0)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_ddpm.companions import eps_power_path
+from jax_ddpm.companions import x0_error_path
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.optimal_variance import EpsPower, eps_power
+from jax_ddpm.diffusion.optimal_variance import X0Error, x0_error
 from jax_ddpm.diffusion.process import ALL_NOISE, Process
 from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.files import replacing
@@ -35,10 +35,10 @@ def visited_times(process: Process) -> np.ndarray:
     return process.time(np.linspace(high, max(low, ALL_NOISE), _NUM_TIMES))
 
 
-def estimate_eps_power(
+def estimate_x0_error(
     trained: Trained, source: Source, num_examples: int, batch_size: int, poll: Poll = never
-) -> EpsPower:
-    """E‖ε̂‖²/d at every visited time, over ``num_examples`` of the training split."""
+) -> X0Error:
+    """E‖x_0 - x̂_0‖²/d at every visited time, over ``num_examples`` of the training split."""
     model, times = trained.model, visited_times(trained.model.process)
     size = source.spec.split_sizes["train"]
     chosen = batch_indices(0, 0, min(num_examples, size), size)
@@ -46,15 +46,15 @@ def estimate_eps_power(
     batch_size = -(-batch_size // mesh.size) * mesh.size
     batches = padded_batches(len(chosen), batch_size)
 
-    def power(denoiser, index, mask, batch):
+    def summed(denoiser, index, mask, batch):
         x0 = from_levels(batch["image"], model.spec.num_levels)
         given = {"label": batch["label"]} if model.num_classes else {}
         t, keys = jnp.asarray(times, x0.dtype), example_keys(key, index)
-        found = eps_power(model.process, denoiser, x0, t, keys, given)
+        found = x0_error(model.process, denoiser, x0, t, keys, given)
         return jnp.sum(jnp.where(mask[None], found, 0), axis=1)
 
     whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    run = jax.jit(power, in_shardings=(whole, split, split, split), out_shardings=whole)
+    run = jax.jit(summed, in_shardings=(whole, split, split, split), out_shardings=whole)
     denoiser = jax.device_put(model.denoiser(trained.params, clip=False), whole)
 
     def launch(part: int):
@@ -62,12 +62,12 @@ def estimate_eps_power(
         return run(denoiser, index, mask, source.batch("train", chosen[index]))
 
     sums = [found for _, found in run_ahead(launch, range(len(batches)), poll)]
-    mean = finite(np.stack(sums).astype(np.float64).sum(axis=0) / len(chosen), "ε̂")
+    mean = finite(np.stack(sums).astype(np.float64).sum(axis=0) / len(chosen), "errors")
     rising = np.argsort(model.process.log_snr(times))
-    return EpsPower(model.process.log_snr(times)[rising], mean[rising])
+    return X0Error(model.process.log_snr(times)[rising], mean[rising])
 
 
-def store_eps_power(
+def store_x0_error(
     trained: Trained,
     source: Source,
     workdir: pathlib.Path,
@@ -76,15 +76,15 @@ def store_eps_power(
     poll: Poll = never,
 ) -> pathlib.Path:
     """Writes the statistic beside the parameters it is of, and returns its path."""
-    statistic = estimate_eps_power(trained, source, num_examples, batch_size, poll)
+    statistic = estimate_x0_error(trained, source, num_examples, batch_size, poll)
     record = {
-        "computes": "E‖ε̂‖²/d at rising λ",
+        "computes": "E‖x_0 - x̂_0‖²/d at rising λ",
         "model": trained.model_record,
         "data": source.spec.identity,
         "num_examples": min(num_examples, source.spec.split_sizes["train"]),
     }
     columns = {name: column.tolist() for name, column in statistic._asdict().items()}
-    out = eps_power_path(workdir, trained.step, trained.item)
+    out = x0_error_path(workdir, trained.step, trained.item)
     with replacing(out) as path:
         path.write_text(json.dumps(record | columns, ensure_ascii=False) + "\n")
     return out

@@ -1,6 +1,12 @@
 """EDM on the digits (Karras et al. 2022): σ is the time, preconditioned F, log-normal σ.
 
 Sampled by Heun's method in 18 steps, 35 evaluations, as in their table 2.
+
+Expected result: FD 0.045 ± 0.008 to the training set over the features of
+``configs/digits_classifier.py`` (N = 1,000, 3 seeds), 98.5 % of the digits recognised as the class
+asked for; samples and record in ``experiments/results/digits_edm``, which names its command and
+machine. One training run, not timed by itself: the network and the steps are those of
+``configs/digits_conditional.py``.
 """
 
 from ml_collections import ConfigDict

@@ -14,7 +14,8 @@ import tiny
 from jax_ddpm.diffusion.processes import over_the_range_of
 from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.errors import UserError
-from jax_ddpm.validation import validate, validate_for_data, validate_sampling
+from jax_ddpm.sampling_validation import validate_sampling
+from jax_ddpm.validation import validate, validate_for_data
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

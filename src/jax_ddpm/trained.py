@@ -16,11 +16,12 @@ from jax_ddpm.diffusion.processes import CONTINUOUS
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Companions
 from jax_ddpm.generate import Generator
+from jax_ddpm.sampling_validation import validate_sampling
 from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import choose_step, digest
 from jax_ddpm.training.identity import load_identity
 from jax_ddpm.training.step import data_mesh
-from jax_ddpm.validation import validate_for_data, validate_sampling
+from jax_ddpm.validation import validate_for_data
 
 
 class Trained:

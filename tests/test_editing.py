@@ -10,9 +10,9 @@ import pytest
 import tiny
 from absl import flags
 from absl.testing import flagsaver
-from jax.sharding import Mesh
 
 from jax_ddpm import editing, factory, images, main, options
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.editing import inpainting, last_steps, perturbed, projected, resampled
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.loop import sample
@@ -197,8 +197,8 @@ def test_depends_on_seed_image_and_variant_alone(make, model, files, tmp_path, m
     """Not on batches, devices or how many variants there are; interpolation divides its row."""
     number = 3 if edit == "interpolate" else 2
     expected = edited(model, tmp_path, request_for(files, edit))["images"]
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(editing, "data_mesh", lambda: mesh)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(editing, "make_mesh", lambda: mesh)
     request = request_for(files, edit, num_samples=number)
     found = edited(make(), tmp_path, request, batch_size=3)["images"]
     columns = expected.shape[1] if edit in ("interpolate", "encode") else number

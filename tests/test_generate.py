@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
 from jax_ddpm import generate
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.loop import Snapshots
 from jax_ddpm.errors import UserError
@@ -35,7 +35,7 @@ def params(model):
 
 
 def mesh(num_devices=1):
-    return Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    return make_mesh(devices=jax.devices()[:num_devices])
 
 
 @pytest.fixture(scope="module")

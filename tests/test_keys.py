@@ -52,7 +52,7 @@ def test_a_part_of_the_batch_shares_the_batchs_key(seed):
 
 def test_gathers_the_values_of_all_devices_in_the_order_of_their_examples(seed):
     def on_device(index):
-        keys = dataclasses.replace(step_keys(seed, 2), index=index, axis_name="data")
+        keys = dataclasses.replace(step_keys(seed, 2), index=index, axes=("data",))
         return keys.gather(10 * index), keys.take(index[::2]).gather(index[::2])
 
     whole, part = jax.vmap(on_device, axis_name="data")(jnp.arange(8).reshape(2, 4))

@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
 from jax_ddpm import factory, preflight
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.errors import UserError
 from jax_ddpm.preflight import Preflight
 from jax_ddpm.stopping import Stopped
@@ -148,8 +147,10 @@ class TestGoodConfig:
         assert not taken
         check = good.preflight
         assert check.state.step == 0
-        step = training_step.compile_step(check.recipe, check.mesh)
-        jax.block_until_ready(step(check.state, check.batch, check.seed))
+        step = training_step.compile_step(
+            check.recipe, check.state, check.mesh, data=check.resident
+        )
+        jax.block_until_ready(step(check.state, check.batches, check.seed))
         jax.effects_barrier()
         assert taken, "a step that is taken would have been noticed"
 
@@ -163,8 +164,8 @@ def test_counts_the_memory_of_past_losses(uncompiled, tmp_path):
 @pytest.mark.parametrize(("parallel", "num_devices", "accumulate"), [("jit", 1, 2), ("pmap", 4, 1)])
 def test_estimates_the_memory_of_a_step(tmp_path, monkeypatch, parallel, num_devices, accumulate):
     """At least the state, and this device's share of the images and their labels."""
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
-    monkeypatch.setattr(preflight, "data_mesh", lambda: mesh)
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    monkeypatch.setattr(preflight, "make_mesh", lambda *_: mesh)
     fields = {"training__batch_size": 32, "training__accumulate": accumulate}
     found = passes(config(parallel=parallel, **fields), tmp_path)
     assert found["devices"].startswith(f"{num_devices} × ")

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tiny
 from cli import Run
-from jax.sharding import Mesh
 from PIL import Image, ImageSequence
 
 from jax_ddpm import factory, images, trained
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.errors import UserError
 from jax_ddpm.sampling import write_folder, write_npz, write_samples
 from jax_ddpm.stopping import EXIT_CODE, Stopped
@@ -460,8 +460,8 @@ class TestFilm:
 def test_which_images_depends_neither_on_batch_size_nor_on_devices(
     make, expected, tmp_path, monkeypatch, batch_size, num_devices
 ):
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
-    monkeypatch.setattr(trained, "data_mesh", lambda: mesh)
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    monkeypatch.setattr(trained, "make_mesh", lambda: mesh)
     write_samples(make(), tmp_path / "folder", 7, batch_size=batch_size)
     found = load(tmp_path / "folder")
     np.testing.assert_allclose(found.astype(int), expected[:7], atol=1)

@@ -10,6 +10,8 @@ def default() -> ConfigDict:
     config.task = "diffusion"  # | classification | noisy_classification (of x_t, for guidance)
     config.seed = 0
     config.parallel = "jit"  # over a mesh of all devices; or pmap
+    config.fsdp = 1  # neighbouring devices that share parameters, averages and optimiser state
+    config.deterministic = False  # bit for bit the same on a GPU too
     config.init_from = ""  # workdir whose averaged parameters to start from
 
     config.data = ConfigDict()
@@ -18,6 +20,7 @@ def default() -> ConfigDict:
     config.data.name = ""  # of the tfds set, e.g. "cifar10" or "imagenet_resized/64x64:0.1.0"
     config.data.image_size = 0  # resize and crop to a square (folder, tfds); 0: as they are
     config.data.flip = False  # random horizontal flips
+    config.data.resident_gigabytes = 1.0  # a set up to this size lies on every device as uint8
     config.data.shift = 0  # random shifts by up to so many pixels (classification)
 
     config.model = ConfigDict()
@@ -30,7 +33,7 @@ def default() -> ConfigDict:
     config.model.class_conditional = False
     config.model.self_condition = False  # on the network's own earlier estimate of x_0
     config.model.dtype = "float32"  # of computation: float32 | bfloat16
-    config.model.remat = False  # recompute activations to save memory
+    config.model.remat = ""  # to save memory recompute: elementwise | blocks
 
     config.process = ConfigDict()
     # A chain's schedule (diffusion/schedules.py), or in continuous time vp_linear | vp_cosine |
@@ -64,6 +67,7 @@ def default() -> ConfigDict:
     config.training.num_steps = 800_000
     config.training.batch_size = 128
     config.training.accumulate = 1  # micro-batches per step
+    config.training.steps_per_dispatch = 1  # steps in a row without the host
     config.training.learning_rate = 2e-4
     config.training.warmup_steps = 5000
     config.training.decay = "constant"  # constant | cosine (to 0 at num_steps)

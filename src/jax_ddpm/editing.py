@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from jax_ddpm import images
+from jax_ddpm import devices, images
 from jax_ddpm.data.decode import UnreadableError, decode
 from jax_ddpm.diffusion import encoding
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
@@ -37,7 +36,6 @@ from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.pipeline import run_ahead
 from jax_ddpm.stopping import Poll, never
 from jax_ddpm.trained import Trained
-from jax_ddpm.training.step import data_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +147,10 @@ def _draw(
     poll: Poll,
 ) -> dict[str, np.ndarray]:
     """The outputs of each row, ``[rows, repeats·each, h, w, c]``, in batches of ``size`` images."""
-    mesh = data_mesh()
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    mesh = devices.make_mesh()
+    whole, split = devices.whole(mesh), devices.split(mesh)
     number = len(rows) * edit.repeats
-    size = min(max(1, size // edit.each), number)
-    size = -(-size // mesh.size) * mesh.size
+    size = devices.round_up(min(max(1, size // edit.each), number), mesh)
 
     def run(denoiser, key, given, row, variant):
         def keys(stream):
@@ -161,8 +158,8 @@ def _draw(
 
         return edit.draw(denoiser, given, keys(Stream.SAMPLE_PRIOR), keys(Stream.SAMPLE_STEPS))
 
-    compiled = jax.jit(run, in_shardings=(whole, whole, split, split, split), out_shardings=split)
-    denoiser = jax.device_put(trained.model.guided_denoiser(trained.params), whole)
+    compiled = devices.compile_over(run, (whole, whole, split, split, split), split)
+    denoiser = devices.place(trained.model.guided_denoiser(trained.params), whole)
 
     def launch(start: int) -> dict[str, Array]:
         index = np.minimum(np.arange(start, start + size, dtype=np.int32), number - 1)

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from jax_ddpm.devices import compile_over, place, round_up, split, whole
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.loop import Snapshots, sample
 from jax_ddpm.errors import UserError
@@ -29,11 +30,8 @@ class Generator:
     """
 
     def __init__(self, model: Model, batch_size: int, mesh: Mesh, num_snapshots: int = 1):
-        batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._model, self.batch_size = model, batch_size
-        self._whole = whole = NamedSharding(mesh, PartitionSpec())
-        split = NamedSharding(mesh, PartitionSpec("data"))
-        by_snapshot = NamedSharding(mesh, PartitionSpec(None, "data"))
+        batch_size = round_up(batch_size, mesh)
+        self._model, self._mesh, self.batch_size = model, mesh, batch_size
         sampler = model.sampler()
         self.num_evaluations = sampler.num_evaluations
 
@@ -53,9 +51,7 @@ class Generator:
             )
             return snapshots
 
-        self._run = jax.jit(
-            run, in_shardings=(whole, whole, split, split), out_shardings=by_snapshot
-        )
+        self._run = compile_over(run, (*[whole(mesh)] * 2, *[split(mesh)] * 2), split(mesh, axis=1))
 
     def draw(
         self,
@@ -70,7 +66,7 @@ class Generator:
         Batches and ``poll`` are those of ``run_ahead``.
         """
         model, key = self._model, jax.random.key(seed)
-        denoiser = jax.device_put(model.guided_denoiser(params), self._whole)
+        denoiser = place(model.guided_denoiser(params), whole(self._mesh))
 
         def launch(start: int) -> Snapshots:
             index = np.arange(start, start + self.batch_size, dtype=np.int32)

@@ -48,14 +48,14 @@ class StepKeys:
     """The keys of one training step.
 
     ``index`` holds the place of each example in the global batch of ``batch_size`` examples. Mapped
-    over devices along ``axis_name``, these are the examples of one device.
+    over devices along mesh axes ``axes``, these are the examples of one device.
     """
 
     seed: Any
     step: Int[Array, ""]
     index: Int[Array, " batch"]
     batch_size: int = dataclasses.field(metadata={"static": True})
-    axis_name: str | None = dataclasses.field(default=None, metadata={"static": True})
+    axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def shared(self, stream: Stream) -> Any:
         """One key for the whole global batch."""
@@ -71,6 +71,6 @@ class StepKeys:
 
     def gather(self, values: Shaped[Array, "here ..."]) -> Shaped[Array, "everywhere ..."]:
         """Per-example values of all devices, one device after another."""
-        if self.axis_name is None:
+        if not self.axes:
             return values
-        return jax.lax.all_gather(values, self.axis_name, tiled=True)
+        return jax.lax.all_gather(values, self.axes, tiled=True)

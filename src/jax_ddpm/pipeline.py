@@ -4,8 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import jax
-
+from jax_ddpm.devices import fetch
 from jax_ddpm.stopping import Poll, Stopped, never
 
 Item = TypeVar("Item")
@@ -30,8 +29,8 @@ def run_ahead(
         running.append((item, launch(item)))
         if len(running) == 2:
             done, result = running.popleft()
-            yield done, jax.device_get(result)
+            yield done, fetch(result)
     for done, result in running:
-        yield done, jax.device_get(result)
+        yield done, fetch(result)
     if stopped:
         raise stopped

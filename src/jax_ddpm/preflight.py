@@ -11,15 +11,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory
-from jax_ddpm.data.plan import batch_indices
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.errors import UserError
 from jax_ddpm.stopping import Poll, never
 from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
+from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.identity import require_same_run
 from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, data_mesh, replicate
+from jax_ddpm.training.step import compile_step, spread
 from jax_ddpm.validation import validate
 
 
@@ -55,7 +56,7 @@ class Preflight:
 
     def devices(self) -> str:
         """What JAX found."""
-        self.mesh = data_mesh()
+        self.mesh = make_mesh(self.config.fsdp)
         return f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
 
     def settings(self) -> str:
@@ -82,10 +83,8 @@ class Preflight:
         self.source = factory.make_source(self.config)
         spec = self.source.spec
         require_same_run(self.workdir, self.config, spec)
-        indices = batch_indices(
-            self.config.seed, 0, self.config.training.batch_size, spec.split_sizes["train"]
-        )
-        self.batch = self.source.batch("train", indices)
+        with Feed(self.config, self.source, self.mesh, start=0) as feed:
+            self.resident, self.batches = feed.data, feed.take(1)
         sizes = " + ".join(f"{size:,} {name}" for name, size in spec.split_sizes.items())
         seconds = time.perf_counter() - start
         return (
@@ -103,7 +102,7 @@ class Preflight:
             "network": initial_parameters(self.config, model.network, self.seed, self.workdir)
         }
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        self.state = replicate(init_state(self.recipe, params, objective.init()), self.mesh)
+        self.state = spread(init_state(self.recipe, params, objective.init()), self.mesh)
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         return f"{count:,}; with averages and optimiser {_bytes(self.state_bytes)}"
 
@@ -140,8 +139,10 @@ class Preflight:
     def train_step(self) -> str:
         """One step compiles, and what it will hold in memory."""
         start = time.perf_counter()
-        step_fn = compile_step(self.recipe, self.mesh, self.config.parallel)
-        compiled = step_fn.lower(self.state, self.batch, self.seed).compile()
+        step_fn = compile_step(
+            self.recipe, self.state, self.mesh, self.config.parallel, self.resident
+        )
+        compiled = step_fn.lower(self.state, self.batches, self.seed).compile()
         memory: Any = compiled.memory_analysis()
         seconds = time.perf_counter() - start
         needed = (

@@ -12,6 +12,7 @@ from jax_ddpm import factory, images
 from jax_ddpm.companions import load_companions
 from jax_ddpm.config import default
 from jax_ddpm.data.source import Spec
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.processes import CONTINUOUS
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Companions
@@ -20,7 +21,6 @@ from jax_ddpm.sampling_validation import validate_sampling
 from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import choose_step, digest
 from jax_ddpm.training.identity import load_identity
-from jax_ddpm.training.step import data_mesh
 from jax_ddpm.validation import validate_for_data
 
 
@@ -70,7 +70,7 @@ class Trained:
         """The sampler for batches of this size over all devices, compiled at its first use."""
         size = batch_size, num_snapshots
         if size not in self._generators:
-            self._generators[size] = Generator(self.model, batch_size, data_mesh(), num_snapshots)
+            self._generators[size] = Generator(self.model, batch_size, make_mesh(), num_snapshots)
         return self._generators[size]
 
     def sample(

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.diffusion import losses, parameterisation, time_sampling
 from jax_ddpm.diffusion.processes import CONTINUOUS, PROCESSES
+from jax_ddpm.models.remat import REMAT_POLICIES
 from jax_ddpm.requirements import process_of, require, require_choice
 from jax_ddpm.sampling_validation import validate_sampling
 
@@ -15,6 +16,7 @@ _CHOICES = {
     "parallel": ("jit", "pmap"),
     "data.source": ("digits", "npz", "idx", "cifar10", "folder", "tfds"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("", *REMAT_POLICIES),
     "process.name": PROCESSES,
     "parameterisation.target": tuple(parameterisation.TARGETS),
     "parameterisation.variance": ("fixedsmall", "fixedlarge", "learned", "learned_range"),
@@ -24,10 +26,12 @@ _CHOICES = {
     "training.decay": ("constant", "cosine"),
 }
 _POSITIVE = (
+    "fsdp",
     "model.num_res_blocks",
     "model.num_groups",
     "training.batch_size",
     "training.accumulate",
+    "training.steps_per_dispatch",
     "training.learning_rate",
     "training.adam_eps",
     "training.grad_clip",
@@ -64,7 +68,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         require(config, field, lambda value: value > 0, "positive")
     for field in _FRACTIONS:
         require(config, field, lambda value: 0 <= value < 1, "in [0, 1)")
-    for field in ("loss.bound_weight", "training.warmup_steps", "training.keep_every"):
+    for field in (
+        "loss.bound_weight",
+        "training.warmup_steps",
+        "training.keep_every",
+        "data.resident_gigabytes",
+    ):
         require(config, field, lambda value: value >= 0, "0 or more")
     require(config, "process.num_timesteps", lambda value: value >= 2, "at least 2")
     require(
@@ -89,6 +98,18 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     _validate_process(config)
     validate_sampling(config)
 
+    require(
+        config,
+        "fsdp",
+        lambda value: num_devices % value == 0,
+        f"a divisor of the {num_devices} devices",
+    )
+    require(
+        config,
+        "fsdp",
+        lambda value: value == 1 or config.parallel == "jit",
+        "1 under parallel=pmap, which keeps the state whole on every device",
+    )
     part = config.training.accumulate * num_devices
     require(
         config,

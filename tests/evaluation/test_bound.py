@@ -74,7 +74,7 @@ def over(monkeypatch):
 
     def change(num_devices):
         mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices])
-        monkeypatch.setattr(split_terms, "data_mesh", lambda: mesh)
+        monkeypatch.setattr(split_terms, "make_mesh", lambda: mesh)
 
     return change
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import features as module
 from jax_ddpm.evaluation.features import Extractor, extract
@@ -64,8 +64,8 @@ def assert_exact(found, count):
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 64, 200])
 @pytest.mark.parametrize("count", [1, 8, 9, 102, 103])
 def test_are_of_exactly_these_images(tmp_path, monkeypatch, num_devices, batch_size, count):
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
-    monkeypatch.setattr(module, "data_mesh", lambda: mesh)
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    monkeypatch.setattr(module, "make_mesh", lambda: mesh)
     found = extract(EXTRACTOR, Images().set, count, batch_size, tmp_path)
     assert found.count == count
     assert_exact(found, count)

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 from PIL import Image
 
 from jax_ddpm import trained as trained_module
 from jax_ddpm.data.digits import digits
 from jax_ddpm.data.source import ArraySource
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.image_sets import ImageSet, file_set, noised, sample_set, split_set
 from jax_ddpm.generate import Generator
@@ -100,8 +100,8 @@ class TestSampleSet:
         for size in (4, 8, 12):
             found = everything(sample_set(model, 0, 12, size, tmp_path))[:12]
             np.testing.assert_allclose(found, expected, atol=1)
-        mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-        monkeypatch.setattr(trained_module, "data_mesh", lambda: mesh)
+        mesh = make_mesh(devices=jax.devices()[:1])
+        monkeypatch.setattr(trained_module, "make_mesh", lambda: mesh)
         found = everything(sample_set(trained(), 0, 12, 3, tmp_path))
         np.testing.assert_allclose(found, expected, atol=1)
 

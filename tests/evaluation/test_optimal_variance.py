@@ -69,7 +69,7 @@ def over(monkeypatch):
 
     def change(num_devices):
         mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices])
-        monkeypatch.setattr(module, "data_mesh", lambda: mesh)
+        monkeypatch.setattr(module, "make_mesh", lambda: mesh)
 
     return change
 

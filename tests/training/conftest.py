@@ -3,13 +3,12 @@
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.factory import Model
 from jax_ddpm.training.objective import DiffusionObjective
 from jax_ddpm.training.recipe import make_objective
@@ -40,5 +39,5 @@ def make_setting():
 
 @pytest.fixture(scope="session")
 def mesh_of():
-    """A mesh of the first n devices."""
-    return lambda n: Mesh(np.array(jax.devices()[:n]), ("data",))
+    """A mesh of the first n devices, of which ``fsdp`` share the state."""
+    return lambda n, fsdp=1: make_mesh(fsdp, jax.devices()[:n])

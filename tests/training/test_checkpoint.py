@@ -22,7 +22,7 @@ from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
 from jax_ddpm.training.recipe import make_recipe
 from jax_ddpm.training.state import TrainState, init_state
-from jax_ddpm.training.step import replicate
+from jax_ddpm.training.step import spread
 
 TREES = ("params", "ema", "opt_state", "extra")
 NOWHERE = pathlib.Path("a workdir without checkpoints")
@@ -57,7 +57,7 @@ def make_state(make_setting, mesh_of):
         params = {"network": setting.model.network.init(jax.random.key(0))}
         state = init_state(recipe, params, setting.objective.init())
         state = random_bits(state, step)._replace(step=jnp.array(step, jnp.int32))
-        return replicate(state, mesh_of(num_devices))
+        return spread(state, mesh_of(num_devices))
 
     return make
 
@@ -187,7 +187,7 @@ class TestRoundTrip:
         state = TrainState(
             jnp.array(1, jnp.int32), {"w": jnp.arange(count, dtype=jnp.float32)}, {}, (), ()
         )
-        state = replicate(state, mesh_of(num_devices))
+        state = spread(state, mesh_of(num_devices))
         step = jax.jit(
             lambda state: jax.tree.map(lambda x: -x - 1, state),
             out_shardings=whole,

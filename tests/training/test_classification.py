@@ -26,7 +26,7 @@ from jax_ddpm.training.classification import (
 from jax_ddpm.training.loop import train
 from jax_ddpm.training.recipe import make_recipe
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, replicate
+from jax_ddpm.training.step import compile_step, spread
 
 SIZE = 6
 CHAIN = Chain(make_betas("cosine", 8))
@@ -203,9 +203,10 @@ def test_splitting_the_batch_changes_nothing(either, mesh_of, parallel):
         mesh = mesh_of(num_devices)
         recipe = make_recipe(tiny.config(), either)._replace(accumulate=accumulate)
         params = {"network": {"gain": jnp.array(3.0)}}
-        state = replicate(init_state(recipe, params, either.init()), mesh)
-        step = compile_step(recipe, mesh, parallel)
-        _, metrics = step(state, tiny.batch(tiny.spec()), jax.random.key(1))
+        state = spread(init_state(recipe, params, either.init()), mesh)
+        step = compile_step(recipe, state, mesh, parallel)
+        batches = jax.tree.map(lambda x: x[None], tiny.batch(tiny.spec()))
+        _, metrics = step(state, batches, jax.random.key(1))
         return jax.device_get(metrics)
 
     whole, split = run(1, 1, "jit"), run(4, 2, parallel)

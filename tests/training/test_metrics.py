@@ -334,7 +334,7 @@ class TestProgressOffATerminal:
     def test_prints_plain_lines(self, capsys, clock):
         with Progress(num_steps=4000) as progress:
             progress.say("a word")
-            progress.advance()
+            progress.advance(1)
             clock.now += 90
             progress.show(1000, {"loss": 0.12345, "images_per_second": 2048.4})
         printed = capsys.readouterr()

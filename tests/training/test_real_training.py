@@ -13,7 +13,7 @@ from jax_ddpm import factory
 from jax_ddpm.training.loop import train
 from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, replicate
+from jax_ddpm.training.step import compile_step, spread
 
 pytestmark = pytest.mark.slow
 DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
@@ -34,11 +34,12 @@ def test_splitting_the_batch_changes_nothing(mesh_of):
 
     def run(accumulate, num_devices):
         mesh = mesh_of(num_devices)
-        step = compile_step(recipe._replace(accumulate=accumulate), mesh)
         params = {"network": model.network.init(jax.random.key(0))}
-        state = replicate(init_state(recipe, params, ()), mesh)
+        state = spread(init_state(recipe, params, ()), mesh)
+        step = compile_step(recipe._replace(accumulate=accumulate), state, mesh)
         for i in range(3):
-            state, metrics = step(state, tiny.batch(model.spec, seed=i), jax.random.key(1))
+            batches = jax.tree.map(lambda x: x[None], tiny.batch(model.spec, seed=i))
+            state, metrics = step(state, batches, jax.random.key(1))
         return jax.device_get((state.params, metrics))
 
     (whole, metrics), (split, split_metrics) = run(1, 1), run(2, 4)

@@ -20,7 +20,7 @@ from jax_ddpm.factory import make_process, make_source
 from jax_ddpm.training.heldout import HeldOut
 from jax_ddpm.training.recipe import make_objective, make_recipe, make_time_sampler
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, replicate
+from jax_ddpm.training.step import compile_step, spread
 from jax_ddpm.validation import validate
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -74,11 +74,12 @@ def test_configs_of_the_digits_train(name, mesh_of):
     objective = make_objective(config, model)
     recipe, mesh = make_recipe(config, objective), mesh_of(4)
     params = {"network": model.network.init(jax.random.key(0))}
-    state = replicate(init_state(recipe, params, objective.init()), mesh)
-    step, before = compile_step(recipe, mesh), jax.device_get(params)
+    state = spread(init_state(recipe, params, objective.init()), mesh)
+    step, before = compile_step(recipe, state, mesh), jax.device_get(params)
     for i in range(3):
-        index = np.arange(i, i + config.training.batch_size)
-        state, metrics = step(state, source.batch("train", index), jax.random.key(1))
+        batch = source.batch("train", np.arange(i, i + config.training.batch_size))
+        batches = jax.tree.map(lambda x: x[None], batch)
+        state, metrics = step(state, batches, jax.random.key(1))
         for value in jax.tree.leaves(jax.device_get(metrics)):
             assert np.all(np.isfinite(value))
     after = jax.device_get(state.params)

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_ddpm.devices import make_mesh, split, whole
 from jax_ddpm.keys import Stream
 from jax_ddpm.training.recipe import make_learning_rate, make_recipe
 from jax_ddpm.training.state import Average, Phase, Recipe, init_state
-from jax_ddpm.training.step import compile_step, data_mesh, replicate
+from jax_ddpm.training.step import compile_step, spread
 
 SEED = jax.random.key(7)
 both_ways = pytest.mark.parametrize("parallel", ["jit", "pmap"])
@@ -21,16 +21,21 @@ both_ways = pytest.mark.parametrize("parallel", ["jit", "pmap"])
 
 def start(recipe, mesh, params, extra=()):
     """The state before step 0, of copies that may be donated."""
-    return replicate(init_state(recipe, jax.tree.map(jnp.array, params), extra), mesh)
+    return spread(init_state(recipe, jax.tree.map(jnp.array, params), extra), mesh)
 
 
-def train(recipe, mesh, params, extra, batches, parallel="jit"):
+def in_a_row(*batches):
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+
+
+def train(recipe, mesh, params, extra, batches, parallel="jit", steps_per_dispatch=1):
     """The state and the metrics after each batch, as NumPy."""
-    step, state = compile_step(recipe, mesh, parallel), start(recipe, mesh, params, extra)
+    state = start(recipe, mesh, params, extra)
+    step = compile_step(recipe, state, mesh, parallel)
     log = []
-    for batch in batches:
-        state, metrics = step(state, batch, SEED)
-        log.append(metrics)
+    for i in range(0, len(batches), steps_per_dispatch):
+        state, metrics = step(state, in_a_row(*batches[i : i + steps_per_dispatch]), SEED)
+        log += [jax.tree.map(lambda x, j=j: x[j], metrics) for j in range(steps_per_dispatch)]
     return jax.device_get((state, log))
 
 
@@ -130,7 +135,7 @@ def test_update_is_clipped_adam_with_warm_up_and_an_average(quadratic_recipe, po
         training__grad_clip=clip,
         training__ema_decay=decay,
     )
-    state, log = train(recipe, data_mesh(), START, (), [{"x": x} for x in points], parallel)
+    state, log = train(recipe, make_mesh(), START, (), [{"x": x} for x in points], parallel)
 
     w = START["network"]["w"].astype(np.float64)
     average, first, second, norms = w, np.zeros(3), np.zeros(3), []
@@ -203,7 +208,7 @@ def test_phases_train_their_names_in_turn_with_their_own_optimiser(points, paral
     params = {
         name: {"w": np.full(3, value, "f")} for name, value in zip("abc", (1, 2, 3), strict=True)
     }
-    state, _ = train(recipe, data_mesh(), params, (), [{"x": x} for x in points], parallel)
+    state, _ = train(recipe, make_mesh(), params, (), [{"x": x} for x in points], parallel)
 
     a, b, slow = np.full(3, 1.0), np.full(3, 2.0), np.full(3, 1.0)
     for x in points.astype(np.float64):
@@ -240,14 +245,14 @@ def test_an_update_that_is_not_finite_is_not_applied(
 ):
     """On any device: all of them keep what they had."""
     recipe = quadratic_recipe(Failing(how), training__accumulate=accumulate)
-    step = compile_step(recipe, data_mesh(), parallel)
-    state = start(recipe, data_mesh(), START, jnp.zeros(()))
+    state = start(recipe, make_mesh(), START, jnp.zeros(()))
+    step = compile_step(recipe, state, make_mesh(), parallel)
 
     states, finite = [], []
     for x in points[:3]:
-        state, metrics = step(state, {"x": x}, SEED)
+        state, metrics = step(state, {"x": x[None]}, SEED)
         states.append(jax.device_get(state))
-        finite.append(float(metrics["finite"][0]))
+        finite.append(metrics["finite"][0].item())
         on_devices = [shard.data for shard in state.params["network"]["w"].addressable_shards]
         assert np.ptp(on_devices, axis=0).max() == 0
     assert finite == [1, 0, 1]
@@ -267,7 +272,7 @@ def test_is_compiled_once(quadratic_recipe, points, parallel):
             return super().__call__(params, *args)
 
     train(
-        quadratic_recipe(Counting()), data_mesh(), START, (), [{"x": x} for x in points], parallel
+        quadratic_recipe(Counting()), make_mesh(), START, (), [{"x": x} for x in points], parallel
     )
     assert len(traces) == 1
 
@@ -275,31 +280,38 @@ def test_is_compiled_once(quadratic_recipe, points, parallel):
 @both_ways
 def test_the_state_stays_whole_on_every_device(quadratic_recipe, points, parallel):
     """In the sharding that all else over the mesh is compiled for."""
-    recipe, mesh = quadratic_recipe(), data_mesh()
+    recipe, mesh = quadratic_recipe(), make_mesh()
     before = start(recipe, mesh, START)
     shapes = jax.tree.map(jnp.shape, before)
-    state, metrics = compile_step(recipe, mesh, parallel)(before, {"x": points[0]}, SEED)
+    step = compile_step(recipe, before, mesh, parallel)
+    state, metrics = step(before, {"x": points[:1]}, SEED)
     assert jax.tree.map(jnp.shape, state) == shapes
-    whole = NamedSharding(mesh, PartitionSpec())
-    assert all(leaf.sharding == whole for leaf in jax.tree.leaves((state, metrics)))
+    leaves = jax.tree.leaves((state, metrics))
+    assert all(leaf.sharding == whole(mesh) for leaf in leaves)
 
 
 @both_ways
 def test_batches_may_lie_on_the_mesh_already(quadratic_recipe, points, parallel):
-    recipe, mesh = quadratic_recipe(), data_mesh()
-    host = [{"x": x} for x in points[:2]]
-    placed = jax.device_put(host, NamedSharding(mesh, PartitionSpec("data")))
-    of_host, of_placed = (train(recipe, mesh, START, (), b, parallel) for b in (host, placed))
-    jax.tree.map(np.testing.assert_array_equal, of_placed, of_host)
+    recipe, mesh = quadratic_recipe(), make_mesh()
+    host = [{"x": x[None]} for x in points[:2]]
+    placed = jax.device_put(host, split(mesh, axis=1))
+    results = []
+    for batches in (host, placed):
+        state = start(recipe, mesh, START)
+        step = compile_step(recipe, state, mesh, parallel)
+        for batch in batches:
+            state, metrics = step(state, batch, SEED)
+        results.append(jax.device_get((state, metrics)))
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 class TestDonation:
     @both_ways
     def test_the_old_state_is_given_up(self, quadratic_recipe, points, parallel):
-        recipe, mesh = quadratic_recipe(), data_mesh()
+        recipe, mesh = quadratic_recipe(), make_mesh()
         state = start(recipe, mesh, START)
         old = jax.tree.leaves(state)
-        compile_step(recipe, mesh, parallel)(state, {"x": points[0]}, SEED)
+        compile_step(recipe, state, mesh, parallel)(state, {"x": points[:1]}, SEED)
         assert all(leaf.is_deleted() for leaf in old)
 
     def test_averages_are_copies(self, quadratic_recipe):
@@ -333,5 +345,5 @@ def test_objectives_get_keys_by_global_index(quadratic_recipe, mesh_of, points):
         key = jax.random.fold_in(jax.random.fold_in(SEED, Stream.NOISE), step)
         noise = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(8)]
         expected = np.sum(points[step][:, 0] * np.array(noise)), 8
-        for split in metrics:
-            np.testing.assert_allclose(split["noise"], expected, rtol=1e-5)
+        for found in metrics:
+            np.testing.assert_allclose(found["noise"], expected, rtol=1e-5)

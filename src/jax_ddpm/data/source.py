@@ -50,6 +50,10 @@ class ArraySource:
             identity=identity,
         )
 
+    def arrays(self, split: str) -> Batch:
+        """The whole split."""
+        return self._splits[split]
+
     def batch(self, split: str, indices: Int[np.ndarray, " n"]) -> Batch:
         return {name: array[indices] for name, array in self._splits[split].items()}
 

@@ -7,17 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
 from jax_ddpm.data.plan import padded_batches
+from jax_ddpm.devices import compile_over, make_mesh, place, round_up, split, whole
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.frechet import Moments, MomentSums
 from jax_ddpm.evaluation.image_sets import ImageSet
 from jax_ddpm.evaluation.parts import Arrays, Parts
 from jax_ddpm.pipeline import run_ahead
 from jax_ddpm.stopping import Poll, never
-from jax_ddpm.training.step import data_mesh
 
 
 class Extractor(NamedTuple):
@@ -87,13 +86,11 @@ def extract(
     """
     if images.count < count:
         raise UserError(f"{count:,} images are wanted, but there are {images.count:,}")
-    mesh = data_mesh()
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    mesh = make_mesh()
+    batch_size = round_up(batch_size, mesh)
     batches = padded_batches(images.count, batch_size)[: -(-count // batch_size)]
-    whole = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    apply = jax.jit(extractor.apply, in_shardings=(whole, split), out_shardings=split)
-    params = jax.device_put(extractor.params, whole)
+    apply = compile_over(extractor.apply, (whole(mesh), split(mesh)), split(mesh))
+    params = place(extractor.params, whole(mesh))
 
     def launch(part: int) -> tuple[Any, Any]:
         # On GPUs and TPUs float32 products are rounded to 10 or 7 bits unless asked otherwise.

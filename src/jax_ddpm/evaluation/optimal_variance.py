@@ -6,11 +6,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm.companions import x0_error_path
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
+from jax_ddpm.devices import compile_over, make_mesh, place, round_up, split, whole
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.optimal_variance import X0Error, x0_error
 from jax_ddpm.diffusion.process import ALL_NOISE, Process
@@ -21,7 +21,6 @@ from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.pipeline import run_ahead
 from jax_ddpm.stopping import Poll, never
 from jax_ddpm.trained import Trained
-from jax_ddpm.training.step import data_mesh
 
 _NUM_TIMES = 200  # of a process without steps of its own
 
@@ -42,9 +41,8 @@ def estimate_x0_error(
     model, times = trained.model, visited_times(trained.model.process)
     size = source.spec.split_sizes["train"]
     chosen = batch_indices(0, 0, min(num_examples, size), size)
-    mesh, key = data_mesh(), stream_key(jax.random.key(0), Stream.OPTIMAL_VARIANCE)
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    batches = padded_batches(len(chosen), batch_size)
+    mesh, key = make_mesh(), stream_key(jax.random.key(0), Stream.OPTIMAL_VARIANCE)
+    batches = padded_batches(len(chosen), round_up(batch_size, mesh))
 
     def summed(denoiser, index, mask, batch):
         x0 = from_levels(batch["image"], model.spec.num_levels)
@@ -53,9 +51,8 @@ def estimate_x0_error(
         found = x0_error(model.process, denoiser, x0, t, keys, given)
         return jnp.sum(jnp.where(mask[None], found, 0), axis=1)
 
-    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    run = jax.jit(summed, in_shardings=(whole, split, split, split), out_shardings=whole)
-    denoiser = jax.device_put(model.denoiser(trained.params, clip=False), whole)
+    run = compile_over(summed, (whole(mesh), *[split(mesh)] * 3), whole(mesh))
+    denoiser = place(model.denoiser(trained.params, clip=False), whole(mesh))
 
     def launch(part: int):
         index, mask = batches[part]

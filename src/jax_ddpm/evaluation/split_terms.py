@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
+from jax_ddpm.devices import compile_over, make_mesh, place, round_up, whole
+from jax_ddpm.devices import split as over
 from jax_ddpm.diffusion.denoiser import Denoiser
 from jax_ddpm.evaluation.parts import Arrays, Parts
 from jax_ddpm.images import from_levels
@@ -16,7 +17,6 @@ from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.pipeline import run_ahead
 from jax_ddpm.stopping import Poll
 from jax_ddpm.trained import Trained
-from jax_ddpm.training.step import data_mesh
 
 
 def split_terms(
@@ -41,19 +41,18 @@ def split_terms(
     """
     size = source.spec.split_sizes[split]
     order = batch_indices(0, 0, size, size)
-    mesh = data_mesh()
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    mesh = make_mesh()
+    batch_size = round_up(batch_size, mesh)
     batches = padded_batches(size, batch_size)[: -(-count // batch_size)]
     model, key = trained.model, stream_key(jax.random.key(0), stream)
-    whole, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    denoiser = jax.device_put(denoiser, whole)
+    denoiser = place(denoiser, whole(mesh))
 
     def of_batch(denoiser, index, batch):
         x0 = from_levels(batch["image"], model.spec.num_levels)
         given = {"label": batch["label"]} if model.num_classes else {}
         return terms(denoiser, x0, example_keys(key, index), given)
 
-    of_batch = jax.jit(of_batch, in_shardings=(whole, shared, shared), out_shardings=shared)
+    of_batch = compile_over(of_batch, (whole(mesh), *[over(mesh)] * 2), over(mesh))
 
     def launch(part: int) -> dict[str, jax.Array]:
         index = order[batches[part][0]]

@@ -15,6 +15,7 @@ from jax_ddpm.models.layers import (
     dense,
     time_embedding,
 )
+from jax_ddpm.models.remat import remat
 
 
 class ResNet(nn.Module):
@@ -34,7 +35,7 @@ class ResNet(nn.Module):
     num_groups: int = 8
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""
 
     @nn.compact
     def __call__(
@@ -51,8 +52,7 @@ class ResNet(nn.Module):
         embedding = None
         if time is not None:
             embedding = nn.swish(time_embedding(time, self.base_channels)).astype(self.dtype)
-        res_block = nn.remat(ResBlock) if self.remat else ResBlock
-        attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        res_block, attention = remat(ResBlock, self.remat), remat(AttentionBlock, self.remat)
         h = conv(self.base_channels, self.dtype, "conv_in")(x.astype(self.dtype))
         for level, multiplier in enumerate(self.channel_multipliers):
             if level > 0:

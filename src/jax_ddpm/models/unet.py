@@ -16,6 +16,7 @@ from jax_ddpm.models.layers import (
     time_embedding,
     upsample_nearest,
 )
+from jax_ddpm.models.remat import remat
 
 
 class UNet(nn.Module):
@@ -33,7 +34,7 @@ class UNet(nn.Module):
       num_classes: with more than 0, labels are embedded, and a null label for "unconditional".
       self_condition: x comes with an earlier estimate of the clean image in channels of its own.
       dtype: of computation; parameters, time embedding, statistics and softmax stay float32.
-      remat: recompute each block's activations in the backward pass, trading time for memory.
+      remat: what the backward pass computes again, a policy of ``remat.py``; "": nothing.
     """
 
     out_channels: int
@@ -46,7 +47,7 @@ class UNet(nn.Module):
     num_classes: int = 0
     self_condition: bool = False
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""
 
     @nn.compact
     def __call__(
@@ -63,8 +64,7 @@ class UNet(nn.Module):
         ``self_condition`` ``x0_estimate`` shaped like x (without it 0).
         ``dropout_keys`` is one PRNG key per example in training, None otherwise.
         """
-        res_block = nn.remat(ResBlock) if self.remat else ResBlock
-        attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        res_block, attention = remat(ResBlock, self.remat), remat(AttentionBlock, self.remat)
         embedding = nn.swish(self._embedding(time, conditioning)).astype(self.dtype)
 
         def block(h: Array, level: int, name: str) -> Array:

@@ -4,10 +4,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
+from jax_ddpm.devices import compile_over, fetch, place, split, whole
 from jax_ddpm.keys import StepKeys, Stream, stream_key
 from jax_ddpm.stopping import Poll, never
 from jax_ddpm.training.metrics import weighted_means
@@ -54,9 +55,8 @@ class HeldOut:
             metrics = {"loss": (loss, jnp.ones_like(loss))} | metrics
             return jax.tree.map(lambda values: jnp.sum(values * mask), metrics)
 
-        whole = NamedSharding(mesh, PartitionSpec())
-        split = NamedSharding(mesh, PartitionSpec("data"))
-        self._evaluate = jax.jit(evaluate, in_shardings=(whole, split, split, split))
+        self._mesh = mesh
+        self._evaluate = compile_over(evaluate, (whole(mesh), *[split(mesh)] * 3), whole(mesh))
         chosen = batch_indices(0, 0, count, source.spec.split_sizes["heldout"])
         self._batches = [
             (source.batch("heldout", chosen[index]), index, mask)
@@ -65,9 +65,9 @@ class HeldOut:
 
     def __call__(self, params: dict[str, Any], poll: Poll = never) -> dict[str, float]:
         """``heldout_loss`` and the other metrics; ``poll`` is called before each batch."""
-        parts = []
+        parts, params = [], place(params, whole(self._mesh))
         for batch in self._batches:
             poll()
             parts.append(self._evaluate(params, *batch))
-        sums = jax.tree.map(lambda *values: sum(values), *jax.device_get(parts))
+        sums = jax.tree.map(lambda *values: sum(values), *fetch(parts))
         return {f"heldout_{name}": mean for name, mean in weighted_means(sums).items()}

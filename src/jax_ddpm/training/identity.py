@@ -19,10 +19,14 @@ from jax_ddpm.training import checkpoint
 _FREE_SECTIONS = ("sampling",)
 _FREE_FIELDS = (
     "parallel",
+    "fsdp",
+    "deterministic",
     "data.path",
+    "data.resident_gigabytes",
     "model.remat",
     "training.num_steps",
     "training.accumulate",
+    "training.steps_per_dispatch",
     "training.log_every",
     "training.heldout_every",
     "training.heldout_examples",

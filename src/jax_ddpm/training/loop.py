@@ -10,20 +10,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images
-from jax_ddpm.data.loader import Loader
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
 from jax_ddpm.stopping import Poll, Stopped, never
 from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
+from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.heldout import HeldOut
 from jax_ddpm.training.identity import claimed, require_same_run, save_identity
 from jax_ddpm.training.metrics import Meter, MetricWriter, NonFinite, Progress
+from jax_ddpm.training.profile import Profiler
 from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, data_mesh, replicate
+from jax_ddpm.training.step import compile_step, spread
 
 
 def train(
@@ -31,6 +33,7 @@ def train(
     workdir: pathlib.Path,
     *,
     accept_changes: bool = False,
+    profile: bool = False,
     poll: Poll = never,
 ) -> pathlib.Path:
     """Trains into ``workdir`` up to ``training.num_steps``; returns the path of what came last.
@@ -42,7 +45,9 @@ def train(
 
     Args:
       accept_changes: go on although the config differs in meaning from the run's.
-      poll: called after every step; where it raises Stopped, all is saved before that passes on.
+      profile: write a trace of a few steps into ``profile/``.
+      poll: called after every dispatch of steps; where it raises Stopped, all is saved before that
+        passes on.
 
     Raises:
       UserError: where the workdir cannot be written or holds another run, or a loss or gradient is
@@ -52,7 +57,7 @@ def train(
     try:
         with claimed(workdir):
             require_same_run(workdir, config, source.spec, accept_changes)
-            return _train(config, workdir, source, poll)
+            return _train(config, workdir, source, profile, poll)
     except NonFinite as error:
         path = workdir / f"nonfinite_step_{error.step}.json"
         num_examples = source.spec.split_sizes["train"]
@@ -67,7 +72,9 @@ def train(
         ) from error
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll) -> pathlib.Path:
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, source: Source, profile: bool, poll: Poll
+) -> pathlib.Path:
     model = factory.make_model(config, source.spec)
     objective = make_objective(config, model)
     recipe = make_recipe(config, objective)
@@ -77,13 +84,13 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
     def picture(done: int) -> pathlib.Path:
         return workdir / "samples" / f"step_{done:07}.png"
 
-    mesh, seed = data_mesh(), jax.random.key(config.seed)
+    mesh, seed = make_mesh(config.fsdp), jax.random.key(config.seed)
     params = {"network": initial_parameters(config, model.network, seed, workdir)}
-    state = replicate(init_state(recipe, params, objective.init()), mesh)
+    state = spread(init_state(recipe, params, objective.init()), mesh)
 
     with Checkpoints(workdir, every.keep_last, every.keep_every) as checkpoints:
         state, resumed = checkpoints.restore(state)
-        start = done = int(state.step)
+        done = int(state.step)
         if done > num_steps:
             raise UserError(f"--workdir={workdir}: {done} steps are done; raise training.num_steps")
         save_identity(workdir, config, source.spec)
@@ -95,12 +102,13 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
         generator = None
         if isinstance(model, factory.Model):
             generator = Generator(model, config.sampling.batch_size, mesh)
-        step_fn = compile_step(recipe, mesh, config.parallel)
         with (
             MetricWriter(workdir, done, resumed.get("position", 0)) as writer,
             Progress(num_steps, done) as bar,
-            Loader(source, config.seed, batch_size, done) as batches,
+            Feed(config, source, mesh, done) as feed,
         ):
+            step_fn = compile_step(recipe, state, mesh, config.parallel, feed.data)
+            profiler = Profiler(workdir / "profile" if profile else None)
 
             def log(step: int, scalars: dict[str, float]) -> None:
                 writer.write(step, scalars)
@@ -116,6 +124,12 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
 
             def due(interval: int) -> bool:
                 return done > 0 and (done % interval == 0 or done == num_steps)
+
+            def stride() -> int:
+                """As many steps as one dispatch takes, or 1 where something is due before."""
+                intervals = every.heldout_every, every.sample_every, every.checkpoint_every
+                left = min(num_steps - done, *(n - done % n for n in intervals))
+                return every.steps_per_dispatch if every.steps_per_dispatch <= left else 1
 
             def evaluate() -> None:
                 """Writes nothing before all is measured, so that it can be done over."""
@@ -136,10 +150,14 @@ def _train(config: ConfigDict, workdir: pathlib.Path, source: Source, poll: Poll
             bar.say(describe(params, source, mesh, done))
             try:
                 evaluate()  # an interrupted run may have stopped right before
-                for done, batch in zip(range(start + 1, num_steps + 1), batches, strict=False):
-                    state, metrics = step_fn(state, batch, seed)
-                    meter.add(done - 1, metrics)
-                    bar.advance()
+                while done < num_steps:
+                    count = stride()
+                    with profiler.before(done):
+                        state, metrics = step_fn(state, feed.take(count), seed)
+                    profiler.after(metrics)
+                    meter.add(done, metrics)
+                    done += count
+                    bar.advance(count)
                     checkpoints.check()
                     if due(every.checkpoint_every):
                         save()

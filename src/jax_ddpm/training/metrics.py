@@ -37,8 +37,9 @@ class NonFinite(UserError):
 class Meter:
     """Writes the means of metrics over every so many steps; fetches late, so no device waits.
 
-    The metrics of a step are read only when ``lag`` more steps are under way, which also bounds how
-    far the host runs ahead. A line covers the same steps however the run was interrupted.
+    The metrics of a dispatch of steps are read only when ``lag`` more are under way, which also
+    bounds how far the host runs ahead. A line covers the same steps however the run was
+    interrupted.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class Meter:
         self._timed_steps, self._start = 0, time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step just dispatched and fetches those of older ones.
+        """Takes the metrics ``[steps]`` of the steps just dispatched, of which ``step`` is the
+        first, and fetches those of older ones.
 
         Raises:
           NonFinite: naming the first step whose loss or gradient was not finite.
@@ -68,20 +70,27 @@ class Meter:
 
     def _fetch(self, leave: int) -> None:
         while len(self._pending) > leave:
-            step, metrics = self._pending.popleft()
-            sums = {name: np.array(pair, float) for name, pair in jax.device_get(metrics).items()}
-            if sums.pop("finite")[0] < 1:
-                bad = [
-                    name
-                    for kind in ("loss", "gradient_norm")
-                    for name in sums
-                    if name.endswith(kind) and not np.isfinite(sums[name][0])
-                ]
-                raise NonFinite(step, bad)
-            self._sums = {name: self._sums.get(name, 0) + pair for name, pair in sums.items()}
-            self._timed_steps, self._done = self._timed_steps + 1, step + 1
-            if self._done % self._every == 0:
-                self._write_line()
+            first, metrics = self._pending.popleft()
+            columns = {
+                name: np.array(pair, float).reshape(2, -1)
+                for name, pair in jax.device_get(metrics).items()
+            }
+            for i in range(columns["finite"].shape[1]):
+                self._take(first + i, {name: pair[:, i] for name, pair in columns.items()})
+
+    def _take(self, step: int, sums: dict[str, np.ndarray]) -> None:
+        if sums.pop("finite")[0] < 1:
+            bad = [
+                name
+                for kind in ("loss", "gradient_norm")
+                for name in sums
+                if name.endswith(kind) and not np.isfinite(sums[name][0])
+            ]
+            raise NonFinite(step, bad)
+        self._sums = {name: self._sums.get(name, 0) + pair for name, pair in sums.items()}
+        self._timed_steps, self._done = self._timed_steps + 1, step + 1
+        if self._done % self._every == 0:
+            self._write_line()
 
     def _write_line(self) -> None:
         means = weighted_means(self._sums)
@@ -189,10 +198,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self) -> None:
-        """One more step dispatched."""
+    def advance(self, count: int) -> None:
+        """So many more steps dispatched."""
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(count)
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
         """The figures of the last stretch, ``step`` steps being done."""

@@ -1,4 +1,10 @@
-"""The train step: a pure function of (state, batch), compiled once over a mesh of all devices."""
+"""The train step: a pure function of (state, batch), compiled once over a mesh of all devices.
+
+The mean gradient is mapped over the devices with every collective written out: parameters that are
+split over "fsdp" are gathered before use, which as transposed sums and scatters their gradients,
+and gradients are summed over the rest. The update that follows is one of whole arrays, element by
+element, so that XLA does it wherever an element lies.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,106 +12,96 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jax_ddpm import devices
 from jax_ddpm.keys import StepKeys
 from jax_ddpm.training.state import Metrics, Phase, Recipe, TrainState
 
+_GATHERED = "gathered"
+# Below this many elements to split is not worth a collective of its own.
+_SMALL = 2**12
+
 
 class CompiledStep(NamedTuple):
-    """(state, global batch, seed) → (state, metrics).
+    """(state, batches, seed) → (state, metrics), of one or several steps in a row.
 
-    ``program`` is what jit or pmap made, ``arrange`` brings a batch into the shape that it takes.
+    Each array of ``batches`` is ``[steps, batch, …]``: from the host this process's rows of every
+    global batch, or global arrays that are split over the mesh already. Each metric is ``[steps]``.
+
+    ``program`` is what jit or pmap made, ``arrange`` brings batches into the shape that it takes.
     """
 
     program: jax.stages.Wrapped
     arrange: Callable[[dict[str, Any]], dict[str, Any]]
+    data: dict[str, Array]
 
     def __call__(
-        self, state: TrainState, batch: dict[str, Any], seed: Any
+        self, state: TrainState, batches: dict[str, Any], seed: Any
     ) -> tuple[TrainState, Metrics]:
-        return self.program(state, self.arrange(batch), seed)
+        return self.program(state, self.data, self.arrange(batches), seed)
 
-    def lower(self, state: TrainState, batch: dict[str, Any], seed: Any) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batches: dict[str, Any], seed: Any) -> jax.stages.Lowered:
         """The program before it is compiled, to ask what it will need."""
-        return self.program.lower(state, self.arrange(batch), seed)
+        return self.program.lower(state, self.data, self.arrange(batches), seed)
 
 
-def train_step(
-    recipe: Recipe,
+def train_steps(
+    step: Callable[..., tuple[TrainState, Metrics]],
     state: TrainState,
-    batch: dict[str, Array],
+    data: dict[str, Array],
+    batches: dict[str, Array],
     seed: Any,
-    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update from a global batch under the run's seed key.
+    """As many steps as there are batches, in one program, so that no step waits for the host."""
 
-    Mapped over devices along ``axis_name``, ``batch`` is this device's share of the global batch,
-    the next examples after those of the device before; the result is that of the whole.
+    def one(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        return step(state, data, batch, seed)
 
-    Where the loss or a gradient is not finite nothing is updated but the step count, and the
-    metric ``finite`` is below 1.
-    """
-    keys = _step_keys(seed, state.step, len(jax.tree.leaves(batch)[0]), axis_name)
-    params, opt_state, extra = dict(state.params), list(state.opt_state), state.extra
-    metrics: Metrics = {}
-    finite = jnp.array(True)
-
-    for i, phase in enumerate(recipe.phases):
-        gradients, phase_metrics, extra = _gradients(
-            phase, params, extra, batch, keys, state.step, recipe.accumulate
-        )
-        trained = {name: params[name] for name in phase.trains}
-        updates, opt_state[i] = phase.optimiser.update(gradients, opt_state[i], trained)
-        params |= optax.apply_updates(trained, updates)
-        gradient_norm = optax.tree.norm(gradients)
-        loss, _ = phase_metrics["loss"]
-        finite &= jnp.isfinite(gradient_norm) & jnp.isfinite(loss)
-        phase_metrics |= {
-            "gradient_norm": _single(gradient_norm),
-            "learning_rate": _single(phase.learning_rate(state.step)),
-        }
-        prefix = "" if len(recipe.phases) == 1 else "+".join(phase.trains) + "/"
-        metrics |= {prefix + name: metric for name, metric in phase_metrics.items()}
-
-    ema = {
-        name: _moving_average(state.ema[name], params[average.source], average.decay(state.step))
-        for name, average in recipe.averages.items()
-    }
-    proposed = state._replace(params=params, ema=ema, opt_state=tuple(opt_state), extra=extra)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
-    metrics["parameter_norm"] = _single(optax.tree.norm(state.params))
-    metrics["finite"] = _single(finite.astype(jnp.float32))
-    return state._replace(step=state.step + 1), metrics
+    return jax.lax.scan(one, state, batches)
 
 
-def _step_keys(seed: Any, step: Array, share: int, axis_name: str | None) -> StepKeys:
-    """The keys of this device's share of the global batch: all of it where nothing is mapped."""
-    if axis_name is None:
-        return StepKeys(seed, step, jnp.arange(share), share)
-    index = jax.lax.axis_index(axis_name) * share + jnp.arange(share)
-    return StepKeys(seed, step, index, share * jax.lax.axis_size(axis_name), axis_name)
-
-
-def _gradients(
+def mean_gradients(
     phase: Phase,
+    accumulate: int,
     params: dict[str, Any],
     extra: Any,
+    data: dict[str, Array],
     batch: dict[str, Array],
-    keys: StepKeys,
+    seed: Any,
     step: Array,
-    accumulate: int,
+    axes: tuple[str, ...] = (),
+    layout: Any = None,
 ) -> tuple[Any, Metrics, Any]:
-    """Gradients of the mean loss, summed over ``accumulate`` micro-batches in turn, then over the
-    devices that the batch is mapped over."""
+    """Gradients of the mean loss over the global batch; metrics, as sums over it; the new extra.
+
+    ``data`` holds whole sets on the device, from which ``batch["index"]`` picks the examples; where
+    it is empty the batch holds them itself. The batch is taken in ``accumulate`` parts in turn.
+
+    Mapped over the mesh axes ``axes``, ``batch`` is this device's share of the global batch, the
+    next examples after those of the device before. Arrays that ``layout``, a PartitionSpec for each
+    parameter, splits over "fsdp" come as the device's part, and so do their gradients.
+    """
+    examples = {name: of[batch["index"]] for name, of in data.items()} or batch
+    keys = _step_keys(seed, step, len(jax.tree.leaves(examples)[0]), axes)
     trained = {name: params[name] for name in phase.trains}
 
     def summed_loss(trained, extra, part, part_keys):
-        loss, metrics, extra = phase.objective(params | trained, extra, part, part_keys, step)
+        everything = params | trained
+        if layout is not None:
+            everything = jax.tree.map(_gather, everything, layout)
+        loss, metrics, extra = phase.objective(everything, extra, part, part_keys, step)
         metrics = {"loss": (loss, jnp.ones_like(loss))} | metrics
         return loss.sum(), (jax.tree.map(jnp.sum, metrics), extra)
+
+    if layout is not None:
+        # Gathered again for the backward pass, lest every device keep the whole network meanwhile.
+        again = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+        summed_loss = jax.checkpoint(summed_loss, policy=again)
 
     def part_gradients(extra, part):
         examples, index = part
@@ -121,18 +117,90 @@ def _gradients(
 
     # A micro-batch is every accumulate-th example, and so spread over all devices.
     parts = jax.tree.map(
-        lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys.index)
+        lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (examples, keys.index)
     )
     # The first part stays out of the loop: in a loop XLA's CPU backend runs the gradients of
     # convolutions many times slower (jax issue 12868).
     carry = part_gradients(extra, jax.tree.map(lambda x: x[0], parts))
     if accumulate > 1:
         carry, _ = jax.lax.scan(add_part, carry, jax.tree.map(lambda x: x[1:], parts))
-    extra, sums = carry
-    if keys.axis_name is not None:
-        sums = jax.lax.psum(sums, keys.axis_name)
-    gradients, metrics = sums
+    extra, (gradients, metrics) = carry
+    if axes:
+        metrics = jax.lax.psum(metrics, axes)
+        whole = jax.tree.map(lambda _: PartitionSpec(), trained)
+        trained_layout = whole if layout is None else {name: layout[name] for name in trained}
+        gradients = jax.tree.map(partial(_sum_over, axes), gradients, trained_layout)
     return jax.tree.map(lambda g: g / keys.batch_size, gradients), metrics, extra
+
+
+def train_step(
+    recipe: Recipe,
+    state: TrainState,
+    data: dict[str, Array],
+    batch: dict[str, Array],
+    seed: Any,
+    gradients_of: Callable[..., tuple[Any, Metrics, Any]] = mean_gradients,
+) -> tuple[TrainState, Metrics]:
+    """One update from a global batch, as ``mean_gradients`` takes it, under the run's seed key.
+
+    Where the loss or a gradient is not finite nothing is updated but the step count, and the
+    metric ``finite`` is below 1.
+    """
+    params, opt_state, extra = dict(state.params), list(state.opt_state), state.extra
+    metrics: Metrics = {}
+    finite = jnp.array(True)
+
+    for i, phase in enumerate(recipe.phases):
+        with jax.named_scope("gradients"):
+            gradients, phase_metrics, extra = gradients_of(
+                phase, recipe.accumulate, params, extra, data, batch, seed, state.step
+            )
+        with jax.named_scope("optimiser"):
+            trained = {name: params[name] for name in phase.trains}
+            updates, opt_state[i] = phase.optimiser.update(gradients, opt_state[i], trained)
+            params |= optax.apply_updates(trained, updates)
+        gradient_norm = optax.tree.norm(gradients)
+        loss, _ = phase_metrics["loss"]
+        finite &= jnp.isfinite(gradient_norm) & jnp.isfinite(loss)
+        phase_metrics |= {
+            "gradient_norm": _single(gradient_norm),
+            "learning_rate": _single(phase.learning_rate(state.step)),
+        }
+        prefix = "" if len(recipe.phases) == 1 else "+".join(phase.trains) + "/"
+        metrics |= {prefix + name: metric for name, metric in phase_metrics.items()}
+
+    with jax.named_scope("averages"):
+        ema = {
+            name: _moving_average(
+                state.ema[name], params[average.source], average.decay(state.step)
+            )
+            for name, average in recipe.averages.items()
+        }
+    proposed = state._replace(params=params, ema=ema, opt_state=tuple(opt_state), extra=extra)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+    metrics["parameter_norm"] = _single(optax.tree.norm(state.params))
+    metrics["finite"] = _single(finite.astype(jnp.float32))
+    return state._replace(step=state.step + 1), metrics
+
+
+def _step_keys(seed: Any, step: Array, share: int, axes: tuple[str, ...]) -> StepKeys:
+    """The keys of this device's share of the global batch: all of it where nothing is mapped."""
+    if not axes:
+        return StepKeys(seed, step, jnp.arange(share), share)
+    index = jax.lax.axis_index(axes) * share + jnp.arange(share)
+    return StepKeys(seed, step, index, share * jax.lax.axis_size(axes), axes)
+
+
+def _gather(part: Array, spec: PartitionSpec) -> Array:
+    if "fsdp" not in spec:
+        return part
+    array = jax.lax.all_gather(part, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+    return checkpoint_name(array, _GATHERED)
+
+
+def _sum_over(axes: tuple[str, ...], gradient: Array, spec: PartitionSpec) -> Array:
+    """Over the devices whose gradient is of the same elements; ``_gather`` has seen to "fsdp"."""
+    return jax.lax.psum(gradient, tuple(axis for axis in axes if axis not in spec))
 
 
 def _single(value: Any) -> tuple[Array, Array]:
@@ -143,51 +211,101 @@ def _moving_average(average: Any, params: Any, decay: Any) -> Any:
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
 
 
-def data_mesh() -> Mesh:
-    """All devices along one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Splits the longest axis that "fsdp" divides; small arrays and odd ones stay whole."""
+    fsdp = mesh.shape.get("fsdp", 1)
+    axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
+    if fsdp == 1 or not axes or np.prod(shape) < _SMALL:
+        return PartitionSpec()
+    longest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * longest, "fsdp")
 
 
-def replicate(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state whole on every device."""
-    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+def spread(state: TrainState, mesh: Mesh) -> TrainState:
+    """Parameters, averages and optimiser split over "fsdp", all else whole on every device."""
+
+    def part(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: devices.place(leaf, NamedSharding(mesh, fsdp_spec(np.shape(leaf), mesh))),
+            tree,
+        )
+
+    return TrainState(
+        step=devices.place(state.step, devices.whole(mesh)),
+        params=part(state.params),
+        ema=part(state.ema),
+        opt_state=part(state.opt_state),
+        extra=devices.place(state.extra, devices.whole(mesh)),
+    )
 
 
-def compile_step(recipe: Recipe, mesh: Mesh, parallel: str = "jit") -> CompiledStep:
-    """``train_step`` over the mesh: batch split over devices, state whole on each and donated.
+def compile_step(
+    recipe: Recipe,
+    state: TrainState,
+    mesh: Mesh,
+    parallel: str = "jit",
+    data: dict[str, Any] | None = None,
+) -> CompiledStep:
+    """``train_step`` over the mesh: batch split over devices, the state donated.
 
-    Under "jit" XLA splits the step of the global batch; under "pmap" each device takes the step of
-    its share, with explicit sums over devices. Both take the same global batch, from the host or
-    already split over the mesh, and give the same result.
+    The state comes back laid out as ``state`` is. ``data`` is put whole on every device. Under
+    "jit" the gradients are mapped over the mesh and XLA splits the update; under "pmap" each device
+    does all of a step for its share, with the state whole on it. Both take the same batches and
+    give the same result.
     """
-    return {"jit": _jit_step, "pmap": _pmap_step}[parallel](recipe, mesh)
+    resident = devices.place(data or {}, devices.whole(mesh))
+    return {"jit": _jit_step, "pmap": _pmap_step}[parallel](recipe, state, mesh, resident)
 
 
-def _jit_step(recipe: Recipe, mesh: Mesh) -> CompiledStep:
-    whole = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
+def _jit_step(
+    recipe: Recipe, state: TrainState, mesh: Mesh, data: dict[str, Array]
+) -> CompiledStep:
+    whole, shared = PartitionSpec(), PartitionSpec(mesh.axis_names)
+
+    def gradients_of(phase, accumulate, params, *rest):
+        layout = jax.tree.map(lambda leaf: fsdp_spec(leaf.shape, mesh), params)
+        mapped = jax.shard_map(
+            partial(
+                mean_gradients,
+                phase,
+                accumulate,
+                axes=mesh.axis_names,
+                layout=layout if "fsdp" in mesh.axis_names else None,
+            ),
+            mesh=mesh,
+            in_specs=(layout, whole, whole, shared, whole, whole),
+            out_specs=({name: layout[name] for name in phase.trains}, whole, whole),
+            check_vma=False,
+        )
+        return mapped(params, *rest)
+
+    laid_out = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere, split = devices.whole(mesh), devices.split(mesh, axis=1)
     step = jax.jit(
-        partial(train_step, recipe),
-        in_shardings=(whole, split, whole),
-        out_shardings=(whole, whole),
+        partial(train_steps, partial(train_step, recipe, gradients_of=gradients_of)),
+        in_shardings=(laid_out, everywhere, split, everywhere),
+        out_shardings=(laid_out, everywhere),
         donate_argnums=0,
     )
-    return CompiledStep(step, lambda batch: batch)
+    return CompiledStep(step, lambda batches: devices.place_rows(batches, split), data)
 
 
-def _pmap_step(recipe: Recipe, mesh: Mesh) -> CompiledStep:
+def _pmap_step(
+    recipe: Recipe, state: TrainState, mesh: Mesh, data: dict[str, Array]
+) -> CompiledStep:
+    gradients_of = partial(mean_gradients, axes=("data",))
     # Under the mesh's own name for the axis the state comes back in the mesh's own sharding, so
     # whatever else is compiled over the mesh takes it as it is.
     step = jax.pmap(
-        partial(train_step, recipe, axis_name="data"),
+        partial(train_steps, partial(train_step, recipe, gradients_of=gradients_of)),
         axis_name="data",
-        in_axes=(None, 0, None),
+        in_axes=(None, None, 1, None),
         out_axes=None,
         devices=list(mesh.devices.flat),
         donate_argnums=0,
     )
 
-    def shares(batch):
-        return jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch)
+    def shares(batches):
+        return jax.tree.map(lambda x: x.reshape(len(x), mesh.size, -1, *x.shape[2:]), batches)
 
-    return CompiledStep(step, shares)
+    return CompiledStep(step, shares, data)

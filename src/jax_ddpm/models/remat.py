@@ -1,0 +1,25 @@
+"""Rematerialisation (Chen et al. 2016): what the backward pass computes again, to keep less.
+
+Of each block of a network are kept, beside its input,
+
+- "elementwise": the results of convolutions and matrix products. Normalisation, swish, dropout and
+  softmax are computed again, at a few per cent of the arithmetic.
+- "blocks": nothing. Each block is computed twice.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+from jax import lax
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive in (lax.conv_general_dilated_p, lax.dot_general_p)
+
+
+REMAT_POLICIES = {"elementwise": _is_product, "blocks": None}
+
+
+def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    """A block that keeps what the policy says; "": all that its derivatives need."""
+    return nn.remat(module, policy=REMAT_POLICIES[policy]) if policy else module

@@ -139,6 +139,11 @@ BAD = [
     ("seed", -1),
     ("seed", 2**32),
     ("parallel", "pjit"),
+    ("fsdp", 0),
+    ("fsdp", 3),  # of four devices
+    ("data.resident_gigabytes", -1.0),
+    ("model.remat", "everything"),
+    ("training.steps_per_dispatch", 0),
     ("data.source", "mnist"),
     ("data.image_size", 32),  # of the digits
     ("data.shift", 1),  # of a diffusion model
@@ -199,6 +204,7 @@ def test_bad_value_is_one_line_naming_the_field(field, value):
 
 
 NOT_TOGETHER = {
+    "pmap_of_shared_state": ({"fsdp": 2, "parallel": "pmap"}, "config.fsdp"),
     "npz_of_what": ({"data.source": "npz"}, "config.data.path"),
     "idx_of_what": ({"data.source": "idx"}, "config.data.path"),
     "cifar10_from_where": ({"data.source": "cifar10"}, "config.data.path"),

@@ -4,14 +4,14 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from jax_ddpm.files import replacing
 
 
-def from_levels(levels: UInt8[Array, "*shape"], num_levels: int) -> Float32[Array, "*shape"]:
+def from_levels(levels: UInt8[Array, "*shape"], num_levels: int) -> Float[Array, "*shape"]:
     """Levels 0, …, num_levels-1 (256 for images) evenly spaced over [-1, 1]."""
-    return levels.astype(jnp.float32) * (2 / (num_levels - 1)) - 1
+    return levels.astype(jnp.result_type(float)) * (2 / (num_levels - 1)) - 1
 
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

@@ -13,9 +13,11 @@ Exit codes: 0 done; 1 a mistake, explained in one line; 75 stopped by SIGTERM or
 everything saved: the same command goes on.
 """
 
+import contextlib
 import pathlib
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
@@ -48,7 +50,11 @@ def run_train(poll: Poll) -> pathlib.Path:
 
     validate(options.CONFIG.value, jax.device_count())
     return train(
-        options.CONFIG.value, workdir, accept_changes=options.ACCEPT_CHANGES.value, poll=poll
+        options.CONFIG.value,
+        workdir,
+        accept_changes=options.ACCEPT_CHANGES.value,
+        profile=options.PROFILE.value,
+        poll=poll,
     )
 
 
@@ -65,6 +71,7 @@ def run_sample(poll: Poll) -> pathlib.Path:
     """Samples from the run in ``--workdir`` and returns what was written."""
     if options.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
+    from jax_ddpm.distributed import is_first
     from jax_ddpm.sampling import write_samples
 
     workdir = pathlib.Path(options.WORKDIR.value)
@@ -81,9 +88,11 @@ def run_sample(poll: Poll) -> pathlib.Path:
         poll=poll,
     )
     kind = "averaged" if trained.item == "ema" else "raw"
-    print(
-        f"{num_samples} images from the {kind} parameters of step {trained.step:,}", file=sys.stderr
-    )
+    if is_first():
+        print(
+            f"{num_samples} images from the {kind} parameters of step {trained.step:,}",
+            file=sys.stderr,
+        )
     return out
 
 
@@ -247,6 +256,29 @@ def run_compare(paths: list[str]) -> str:
     return compare(*map(pathlib.Path, paths))
 
 
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Ends the program with a line of explanation where that is enough."""
+    try:
+        yield
+    except Stopped as signal:
+        print(f"stopped by {signal}; the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was saved before stays valid")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'writing failed'}: {error.strerror or error}")
+    except RuntimeError as error:  # XLA's
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            "error: the device is out of memory; raise training.accumulate, set model.remat, or "
+            "lower training.batch_size or --sample_batch; --mode=check estimates what is needed"
+        )
+
+
 def main(argv: list[str]) -> None:
     """Runs one mode; a mistake of the user's is one line and exit code 1."""
     logging.set_verbosity(logging.FATAL)  # Orbax logs with tracebacks what it then raises
@@ -260,7 +292,7 @@ def main(argv: list[str]) -> None:
         "variance": run_variance,
         "fid_stats": run_fid_stats,
     }
-    try:
+    with _one_line():
         for name in options.unused(options.MODE.value):
             fits = [mode for mode, taken in options.MODES.items() if name in taken]
             raise UserError(
@@ -272,25 +304,20 @@ def main(argv: list[str]) -> None:
             return
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
-        with StopRequest() as stop:
-            result = modes[options.MODE.value](stop.poll)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or 'writing failed'}: {error.strerror or error}")
-    except RuntimeError as error:  # XLA's
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            "error: the device is out of memory; raise training.accumulate, set model.remat, or "
-            "lower training.batch_size or --sample_batch; --mode=check estimates what is needed"
+    from jax_ddpm import distributed
+    from jax_ddpm.launch import join
+
+    with distributed.ending(), _one_line():
+        join(
+            options.DISTRIBUTED.value,
+            options.COORDINATOR.value,
+            options.NUM_PROCESSES.value,
+            options.PROCESS_ID.value,
         )
-    except Stopped as signal:
-        print(f"stopped by {signal}; the same command goes on from here", file=sys.stderr)
-        sys.exit(EXIT_CODE)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; what was saved before stays valid")
-    print(result)
+        with distributed.noticing_loss(), StopRequest() as stop:
+            result = modes[options.MODE.value](distributed.shared_poll(stop.poll))
+        if distributed.is_first():
+            print(result)
 
 
 if __name__ == "__main__":

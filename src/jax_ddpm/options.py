@@ -11,14 +11,16 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; for training runs/<config name> by default."
 )
+_OF_A_JOB = ("distributed", "coordinator", "num_processes", "process_id")
 _OF_A_RUN = (
+    *_OF_A_JOB,
     *("workdir", "ema", "raw", "checkpoint_step"),
     *("sampling", "sampler", "num_steps", "guidance_scale"),
 )
 # What each mode does, and the flags that it takes.
 MODES = {
-    "train": ("config", "workdir", "accept_changes"),
-    "check": ("config", "workdir"),
+    "train": (*_OF_A_JOB, "config", "workdir", "accept_changes", "profile"),
+    "check": (*_OF_A_JOB, "config", "workdir"),
     "sample": (
         *_OF_A_RUN,
         *("num_samples", "sample_batch", "class", "seed", "progressive", "out"),
@@ -36,6 +38,7 @@ MODES = {
     ),
     "variance": (*_OF_A_RUN, "sample_batch", "num_examples", "data_path"),
     "fid_stats": (
+        *_OF_A_JOB,
         *("config", "workdir", "sample_batch", "out", "samples", "extractor", "split"),
         *("cache", "data_path"),
     ),
@@ -44,6 +47,22 @@ MODES = {
 MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 ACCEPT_CHANGES = flags.DEFINE_bool(
     "accept_changes", False, "Go on with a run although its config or data has changed in meaning."
+)
+PROFILE = flags.DEFINE_bool(
+    "profile", False, "Write a trace of a few steps into <workdir>/profile."
+)
+DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "off", "manual"],
+    "Several processes as one job: as SLURM, Open MPI or the TPU says, or as the next three do.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port at which the first process listens to the others."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this job.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0 on.", lower_bound=0
 )
 NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Images to sample: 100 by default, to be given for metrics.", lower_bound=1

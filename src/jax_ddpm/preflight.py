@@ -1,5 +1,6 @@
 """Everything that a training run needs, tried out before it is submitted; nothing is trained."""
 
+import contextlib
 import pathlib
 import shutil
 import tempfile
@@ -7,11 +8,12 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory
 from jax_ddpm.devices import make_mesh
+from jax_ddpm.distributed import from_first, is_first
 from jax_ddpm.errors import UserError
 from jax_ddpm.stopping import Poll, never
 from jax_ddpm.training import checkpoint
@@ -47,11 +49,11 @@ class Preflight:
         ):
             poll()
             name = check.__name__.replace("_", " ")
-            print(f"{name:<14}", end="", flush=True)
+            _say(f"{name:<14}", end="")
             try:
-                print(check(), flush=True)
+                _say(check())
             except Exception:
-                print("FAILED", flush=True)
+                _say("FAILED")
                 raise
 
     def devices(self) -> str:
@@ -123,7 +125,10 @@ class Preflight:
                 f"{_bytes(needed)}; lower training.keep_last, raise training.keep_every, or make "
                 "room"
             )
-        with tempfile.TemporaryDirectory(dir=self.workdir) as folder:
+        with contextlib.ExitStack() as stack:
+            folder = from_first(
+                lambda: stack.enter_context(tempfile.TemporaryDirectory(dir=self.workdir))
+            )
             trial, start = pathlib.Path(folder), time.perf_counter()
             with Checkpoints(trial, keep_last=1, keep_every=0) as checkpoints:
                 checkpoints.save(self.state, self.config, {})
@@ -131,7 +136,7 @@ class Preflight:
                 written = time.perf_counter()
                 restored, _ = checkpoints.restore(self.state)
                 read = time.perf_counter()
-        if not all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves(self.state))):
+        if not _equal(restored, self.state):
             raise UserError(f"--workdir={self.workdir}: a checkpoint read back differently")
         resumes = "" if done is None else f"; training goes on after step {done:,}"
         return f"written in {written - start:.1f} s, read in {read - written:.1f} s{resumes}"
@@ -151,7 +156,7 @@ class Preflight:
             + memory.output_size_in_bytes
             - memory.alias_size_in_bytes
         )
-        stats: dict[str, Any] = self.mesh.devices.flat[0].memory_stats() or {}
+        stats: dict[str, Any] = self.mesh.local_devices[0].memory_stats() or {}
         limit = stats.get("bytes_limit")
         text = f"compiled in {seconds:.1f} s; {_bytes(needed)} a device"
         if limit and needed > limit:
@@ -160,6 +165,16 @@ class Preflight:
                 "raise training.accumulate, set model.remat, or lower training.batch_size"
             )
         return text + (f" of {_bytes(limit)}" if limit else "")
+
+
+@jax.jit
+def _equal(one: Any, other: Any) -> jax.Array:
+    return jnp.stack(jax.tree.leaves(jax.tree.map(jnp.array_equal, one, other))).all()
+
+
+def _say(text: str, end: str = "\n") -> None:
+    if is_first():
+        print(text, end=end, flush=True)
 
 
 def _bytes(count: int | float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jax_ddpm import images
+from jax_ddpm.distributed import from_first, is_first
 from jax_ddpm.errors import UserError
 from jax_ddpm.files import replacing
 from jax_ddpm.stopping import Poll, never
@@ -100,12 +101,16 @@ def write_folder(
     """
     from tqdm import tqdm
 
-    _claim(out, num_samples, record)
-    missing = [i for i in range(num_samples) if not _image(out, i).exists()]
+    def find_missing() -> list[int]:
+        _claim(out, num_samples, record)
+        return [i for i in range(num_samples) if not _image(out, i).exists()]
+
+    missing = set(from_first(find_missing))
     starts = sorted({i - i % batch_size for i in missing})
-    for start, batch in tqdm(draw(starts), total=len(starts), unit="batch", disable=None):
+    quiet = None if is_first() else True
+    for start, batch in tqdm(draw(starts), total=len(starts), unit="batch", disable=quiet):
         for i, image in enumerate(batch, start):
-            if i < num_samples and not _image(out, i).exists():
+            if i in missing and is_first():
                 images.save_png(_image(out, i), image)
 
 
@@ -122,10 +127,13 @@ def write_npz(
     Until the last image is drawn they are kept in the folder ``<out>.images``.
     """
     parts = out.with_name(out.name + ".images")
-    if out.exists():
-        _require_same(out, record | {"num_samples": num_samples})
-    else:
+    of_file = record | {"num_samples": num_samples}
+    there = from_first(lambda: out.exists() and bool(_require_same(out, of_file)))
+    if not there:
         write_folder(parts, draw, batch_size, num_samples, record)
+    if not is_first():
+        return
+    if not there:
         arrays = {
             "images": np.stack([images.load_png(_image(parts, i)) for i in range(num_samples)])
         }
@@ -134,7 +142,7 @@ def write_npz(
         with replacing(out) as partial:
             with partial.open("wb") as packed:
                 np.savez(packed, **arrays)  # type: ignore[arg-type]
-            _write_record(out, record | {"num_samples": num_samples})
+            _write_record(out, of_file)
     shutil.rmtree(parts, ignore_errors=True)
     _record(parts).unlink(missing_ok=True)
 

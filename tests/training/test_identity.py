@@ -38,10 +38,14 @@ FIELDS = flat(default().to_dict())
 # decides here whether it has meaning.
 FREE = {
     "parallel",
+    "fsdp",
+    "deterministic",
     "data.path",
+    "data.resident_gigabytes",
     "model.remat",
     "training.num_steps",  # while the learning rate does not decay towards it
     "training.accumulate",
+    "training.steps_per_dispatch",
     "training.log_every",
     "training.heldout_every",
     "training.heldout_examples",

@@ -126,11 +126,22 @@ def test_more_steps_later_end_the_same(run, finished, tmp_path):
     assert_same_run(tmp_path, finished)
 
 
-def test_goes_on_under_pmap(run, finished, tmp_path):
-    """How the step is compiled is not part of what a run is; sums are rounded differently."""
+def test_batches_may_stream(run, finished, tmp_path):
+    """To the same bits as where the set lies on the devices."""
+    run(tmp_path, data__resident_gigabytes=0.0)
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"parallel": "pmap"}, {"fsdp": 2}, {"training__steps_per_dispatch": 2}],
+    ids=["pmap", "fsdp", "dispatch"],
+)
+def test_goes_on_however_steps_are_compiled(run, finished, tmp_path, fields):
+    """It is not part of what a run is; sums are rounded differently."""
     with pytest.raises(Stopped):
         run(tmp_path, poll=StopAtCall(1))
-    run(tmp_path, parallel="pmap")
+    run(tmp_path, **fields)
     (step, state), (expected_step, expected) = last_state(tmp_path), last_state(finished)
     assert step == expected_step
     for item in ("params", "ema"):
@@ -259,3 +270,34 @@ def test_stopping_without_saving_is_an_error(run, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_digest", fail)
     with pytest.raises(UserError, match=r"checkpoint 1 could not be written .*No space left"):
         run(tmp_path, poll=StopAtCall(1))
+
+
+def test_dispatches_end_where_something_is_due(run, finished, tmp_path):
+    """Pictures every 2 steps, held-out loss every 3, and so on: with 4 steps at a time, 1 by 1."""
+    polls = []
+    run(tmp_path, poll=lambda: polls.append(0), training__steps_per_dispatch=4)
+    assert [line["step"] for line in log(tmp_path)] == [line["step"] for line in log(finished)]
+    assert pictures(tmp_path).keys() == pictures(finished).keys()
+    run(
+        tmp_path / "rare",
+        poll=lambda: polls.append(1),
+        training__steps_per_dispatch=5,
+        **dict.fromkeys(
+            ("training__heldout_every", "training__sample_every", "training__checkpoint_every"), 9
+        ),
+    )
+    assert [line["step"] for line in log(tmp_path / "rare") if "loss" in line] == [4, 6]
+
+
+def test_a_profile_is_written_on_request(finished, tmp_path, monkeypatch):
+    """Of steps whose phases have names; the run stays the same."""
+    config = tiny.config(**FIELDS | {"training__num_steps": 10})
+    monkeypatch.setattr(
+        factory, "make_network", lambda module, x, *_: tiny.network(x.shape[-1], module.num_classes)
+    )
+    train(config, tmp_path, profile=True)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    for phase in (b"feed", b"step", b"metrics"):
+        assert phase in content
+    assert log(tmp_path)[0] == log(finished)[0]

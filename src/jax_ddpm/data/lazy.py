@@ -15,6 +15,7 @@ from jax_ddpm.data.source import Batch, Source, Spec
 from jax_ddpm.errors import UserError
 
 KEPT_BYTES = 2 * 2**30  # of decoded images, at most
+_READ_AT_ONCE = 256  # images of a whole split, so that few lie in memory twice
 
 
 class Encoded(NamedTuple):
@@ -100,13 +101,23 @@ class KeptSource:
             self._known[split] = np.zeros(size, bool)
 
     def batch(self, split: str, indices: Int[np.ndarray, " n"]) -> Batch:
-        kept, known = self._kept[split], self._known[split]
+        self._read(split, indices)
+        return {name: array[indices] for name, array in self._kept[split].items()}
+
+    def arrays(self, split: str) -> Batch:
+        """The whole split; what was not asked for before is read now."""
+        size = self.spec.split_sizes[split]
+        for start in range(0, size, _READ_AT_ONCE):
+            self._read(split, np.arange(start, min(start + _READ_AT_ONCE, size)))
+        return self._kept[split]
+
+    def _read(self, split: str, indices: Int[np.ndarray, " n"]) -> None:
+        known = self._known[split]
         missing = np.unique(indices[~known[indices]])
         if missing.size:
             for name, values in self._source.batch(split, missing).items():
-                kept[name][missing] = values
+                self._kept[split][name][missing] = values
             known[missing] = True
-        return {name: array[indices] for name, array in kept.items()}
 
 
 def keep_if_small(source: Source) -> Source:

@@ -1,23 +1,25 @@
 """Training batches in the order of the plan, prepared in advance."""
 
-import collections
-import itertools
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
 
 import numpy as np
+from jaxtyping import Int
 
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Batch, Source
+
+_ALL = slice(None)
 
 
 class Loader:
     """The batches of the steps ``start``, ``start + 1``, … without end.
 
-    A background thread is up to ``ahead`` steps in front of the batch that was yielded last. What
-    goes wrong in it is raised at its own step.
+    While one is used, Grain prepares up to ``ahead`` more, each in a thread of its own; what goes
+    wrong in it is raised at its own step. Grain is handed whole batches, which a source reads in
+    its own way: Grain's work on one element rivals the decoding of a small image.
 
     Args:
-      shard: (k, n) yields the k-th of n equal parts of every batch, which host k of n loads.
+      rows: the places in each batch whose examples this process is to load.
     """
 
     def __init__(
@@ -26,25 +28,26 @@ class Loader:
         seed: int,
         batch_size: int,
         start: int,
-        shard: tuple[int, int] = (0, 1),
+        rows: Int[np.ndarray, " rows"] | slice = _ALL,
         ahead: int = 2,
     ):
-        self._source = source
-        self._seed = seed
-        self._batch_size = batch_size
-        self._shard = shard
-        self._steps = itertools.count(start)
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._pending: collections.deque[Future[Batch]] = collections.deque()
-        for _ in range(ahead):
-            self._prepare_one()
+        import grain  # not before: a set that lies on the devices does without
+
+        num_examples = source.spec.split_sizes["train"]
+
+        def load(step: int) -> Batch:
+            return source.batch("train", batch_indices(seed, step, batch_size, num_examples)[rows])
+
+        steps = grain.MapDataset.range(start, sys.maxsize)
+        threads = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+        self._batches = iter(steps.map(load).to_iter_dataset(threads))
+        self._batches.start_prefetch()
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
-        self._prepare_one()
-        return self._pending.popleft().result()
+        return next(self._batches)
 
     def __enter__(self) -> "Loader":
         return self
@@ -53,14 +56,5 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Prepares no more, without waiting for the batch at work."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _prepare_one(self) -> None:
-        self._pending.append(self._thread.submit(self._load, next(self._steps)))
-
-    def _load(self, step: int) -> Batch:
-        num_examples = self._source.spec.split_sizes["train"]
-        indices = batch_indices(self._seed, step, self._batch_size, num_examples)
-        part, num_parts = self._shard
-        return self._source.batch("train", np.split(indices, num_parts)[part])
+        """Prepares no more, without waiting for the batches at work."""
+        self._batches.close()

@@ -35,6 +35,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class InMemory(Source, Protocol):
+    """A source that can give a whole split at once."""
+
+    def arrays(self, split: str) -> Batch:
+        """As ``batch`` of all its indices."""
+        ...
+
+
 class ArraySource:
     """A data set that fits in memory."""
 

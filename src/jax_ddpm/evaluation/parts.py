@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_ddpm.distributed import from_first, is_first
 from jax_ddpm.errors import UserError
 from jax_ddpm.files import replacing
 
@@ -32,17 +33,20 @@ class Parts:
         """Computes those of the parts 0, …, count-1 that are missing, with a bar of this name."""
         from tqdm import tqdm
 
-        missing = [part for part in range(count) if not self._path(part).exists()]
+        missing = from_first(
+            lambda: [part for part in range(count) if not self._path(part).exists()]
+        )
         if not missing:
             return
         with replacing(self._folder / "identity.json") as path:
             path.write_text(self._identity + "\n")
-        bar = tqdm(total=count, initial=count - len(missing), desc=name, unit="batch", disable=None)
-        with bar:
+        done, quiet = count - len(missing), None if is_first() else True
+        with tqdm(total=count, initial=done, desc=name, unit="batch", disable=quiet) as bar:
             for part, arrays in compute(missing):
                 with replacing(self._path(part)) as path, path.open("wb") as file:
                     np.savez(file, **arrays)  # type: ignore[arg-type]
                 bar.update()
+        from_first(lambda: None)  # the first process has written all
 
     def load(self, part: int) -> Arrays:
         """The arrays of one part.

@@ -2,7 +2,8 @@
 
 A checkpoint appears whole or not at all: Orbax writes it beside its place in the background and
 renames it. ``manifest.json`` in it holds the SHA-256 of every file of the items, since Orbax itself
-restores from damaged files without a word.
+restores from damaged files without a word. Of several processes each writes the parts that lie on
+its devices, into a folder that all can reach; the first one alone chooses, signs and deletes.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_ddpm.devices import place
+from jax_ddpm.distributed import from_first, is_first, lost
 from jax_ddpm.errors import UserError
 from jax_ddpm.keys import Stream, stream_key
 from jax_ddpm.models.network import Network
@@ -75,11 +78,15 @@ def verify(workdir: pathlib.Path, step: int, items: Iterable[str] | None = None)
 def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | None:
     """Step of the newest checkpoint that is whole, warning of damaged newer ones.
 
-    None where there is no checkpoint.
+    None where there is no checkpoint. The first process looks, for all of them.
 
     Raises:
       UserError: where there are checkpoints, but all are damaged.
     """
+    return from_first(lambda: _newest(workdir, items))
+
+
+def _newest(workdir: pathlib.Path, items: Iterable[str] | None) -> int | None:
     for step in reversed(steps(workdir)):
         try:
             verify(workdir, step, items)
@@ -151,13 +158,7 @@ class Checkpoints:
 
         self._workdir, self._folder = workdir, folder(workdir)
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob("*"):
-            if _UNFINISHED in path.name:
-                step, _, _ = path.name.partition(".")
-                warnings.warn(f"checkpoint {step} was not finished; it is removed", stacklevel=2)
-            if _UNFINISHED in path.name or path.name.endswith(_DELETED):
-                shutil.rmtree(path)
+        from_first(self._clear_up)
         self._saver = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._sign),
@@ -167,10 +168,21 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if lost(error):
+            return  # what is under way will never be whole
         failure = contextlib.suppress(UserError) if error else contextlib.nullcontext()
         with contextlib.closing(self._saver), failure:
             self.wait()
+
+    def _clear_up(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob("*"):
+            if _UNFINISHED in path.name:
+                step, _, _ = path.name.partition(".")
+                warnings.warn(f"checkpoint {step} was not finished; it is removed", stacklevel=2)
+            if _UNFINISHED in path.name or path.name.endswith(_DELETED):
+                shutil.rmtree(path)
 
     def save(self, state: TrainState, config: ConfigDict, progress: dict[str, Any]) -> None:
         """Saves in the background, after copying the state to the host.
@@ -198,7 +210,10 @@ class Checkpoints:
         return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
     def _sign(self) -> None:
-        """Puts the manifest into a checkpoint that is complete but not yet renamed."""
+        """Puts the manifest into a checkpoint that is complete but not yet renamed.
+
+        Orbax calls this on the first process only, when all have written their parts.
+        """
         (path,) = self._folder.glob(f"{self.last}{_UNFINISHED}*")
         files = sorted(file for file in path.glob("*/**/*") if file.is_file())
         manifest = {file.relative_to(path).as_posix(): _digest(file) for file in files}
@@ -217,6 +232,8 @@ class Checkpoints:
             self._saver.wait_until_finished()
         except Exception as error:
             raise self._failure(error) from error
+        if not is_first():
+            return
         for step in steps(self._workdir)[: -self._keep_last]:
             if not self._keep_every or step % self._keep_every:
                 # Renamed first: what is deleted halfway must not look like a checkpoint.
@@ -245,9 +262,7 @@ class Checkpoints:
         step = newest(self._workdir)
         if step is None:
             return state, {}
-        for later in steps(self._workdir):
-            if later > step:
-                self._set_aside(later)
+        from_first(lambda: self._set_aside_after(step))
         path = self._folder / str(step)
         where = f"checkpoint {step} in {self._workdir}"
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
@@ -270,14 +285,16 @@ class Checkpoints:
         progress = restored["progress"]
         arrays = {name: restored[name] for name in self._items(abstract)}
         self.last = progress["step"]
-        count = jax.device_put(np.int32(progress.pop("step")), state.step.sharding)
+        count = place(np.int32(progress.pop("step")), state.step.sharding)  # type: ignore[arg-type]
         return state._replace(step=count, **arrays), progress
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside_after(self, step: int) -> None:
         aside = self._workdir / "damaged"
-        aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / str(step), ignore_errors=True)
-        (self._folder / str(step)).rename(aside / str(step))
+        for later in steps(self._workdir):
+            if later > step:
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / str(later), ignore_errors=True)
+                (self._folder / str(later)).rename(aside / str(later))
 
 
 def initial_parameters(
@@ -291,7 +308,7 @@ def initial_parameters(
       UserError: where there is no such run, or its network is another one.
     """
     params = network.init(stream_key(seed, Stream.PARAMETERS))
-    if not config.init_from or steps(workdir):
+    if not config.init_from or from_first(lambda: steps(workdir)):
         return params
     donor = pathlib.Path(config.init_from)
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.data.loader import Loader
 from jax_ddpm.data.plan import batch_indices
-from jax_ddpm.data.source import ArraySource, Batch, Source
+from jax_ddpm.data.source import Batch, InMemory, Source
 from jax_ddpm.devices import own_rows, split
 
 
@@ -33,13 +34,12 @@ class Feed:
     ):
         seed, batch_size = config.seed, config.training.batch_size
         rows = own_rows(split(mesh), batch_size)
-        self.data: Batch = source.arrays("train") if isinstance(source, ArraySource) else {}
         self._closing = contextlib.ExitStack()
-        if sum(array.nbytes for array in self.data.values()) > 1e9 * config.data.resident_gigabytes:
-            self.data = {}
+        count = source.spec.split_sizes["train"]
+        fits = count * math.prod(source.spec.image_shape) <= 1e9 * config.data.resident_gigabytes
+        self.data: Batch = source.arrays("train") if fits and isinstance(source, InMemory) else {}
         self._batches: Iterator[Batch]
         if self.data:
-            count = source.spec.split_sizes["train"]
             self._batches = (
                 {"index": batch_indices(seed, step, batch_size, count)[rows].astype(np.int32)}
                 for step in itertools.count(start)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.config import default
 from jax_ddpm.data.source import Spec
+from jax_ddpm.distributed import from_first
 from jax_ddpm.errors import UserError
 from jax_ddpm.files import replacing
 from jax_ddpm.training import checkpoint
@@ -39,28 +40,32 @@ _FREE_FIELDS = (
 
 @contextlib.contextmanager
 def claimed(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes the folder, and keeps other processes from training into it meanwhile.
+    """Makes the folder, and keeps other jobs from training into it meanwhile.
 
     Raises:
-      UserError: where it cannot be written, or another process trains there.
+      UserError: where it cannot be written, or another job trains there.
     """
+    with contextlib.ExitStack() as held:
+        from_first(lambda: _claim(workdir, held))
+        yield
+
+
+def _claim(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
     import fcntl
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        lock = held.enter_context((workdir / ".lock").open("w"))
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"--workdir={workdir}: another process trains there; wait for it or stop it"
-            ) from error
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"--workdir={workdir}: another process trains there; wait for it or stop it"
+        ) from error
+    except OSError:
+        pass  # some network file systems have no locks
 
 
 def require_same_run(

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import jax
+from jax.profiler import TraceAnnotation
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -13,6 +14,7 @@ from jax_ddpm import factory, images
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
 from jax_ddpm.devices import make_mesh
+from jax_ddpm.distributed import from_first, is_first, own_folder
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
 from jax_ddpm.stopping import Poll, Stopped, never
@@ -41,7 +43,8 @@ def train(
     That is a sample grid, of a classifier the last checkpoint. Writes ``config.json``,
     ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and ``checkpoints/``. A run
     that lies there goes on from its newest whole checkpoint, to the same parameters and the same
-    ``metrics.jsonl`` as if it had never been interrupted.
+    ``metrics.jsonl`` as if it had never been interrupted. Of several processes all write the
+    checkpoints, and the first one everything else.
 
     Args:
       accept_changes: go on although the config differs in meaning from the run's.
@@ -55,16 +58,13 @@ def train(
     """
     source = factory.make_source(config)
     try:
-        with claimed(workdir):
+        with claimed(workdir), own_folder(workdir) as own:
             require_same_run(workdir, config, source.spec, accept_changes)
-            return _train(config, workdir, source, profile, poll)
-    except NonFinite as error:
-        path = workdir / f"nonfinite_step_{error.step}.json"
-        num_examples = source.spec.split_sizes["train"]
-        batch = batch_indices(config.seed, error.step, config.training.batch_size, num_examples)
-        report = {"step": error.step, "not_finite": error.quantities, "examples": batch.tolist()}
-        path.write_text(json.dumps(report) + "\n")
-        raise UserError(f"{error}. The batch is noted in {path}") from error
+            try:
+                return _train(config, workdir, own, source, profile, poll)
+            except NonFinite as error:
+                path = _note_batch(error, own, config, source)
+                raise UserError(f"{error}. The batch is noted in {path}") from error
     except OSError as error:
         raise UserError(
             f"{error.filename or workdir}: {error.strerror or error}; the checkpoints in {workdir} "
@@ -72,9 +72,26 @@ def train(
         ) from error
 
 
-def _train(
-    config: ConfigDict, workdir: pathlib.Path, source: Source, profile: bool, poll: Poll
+def _note_batch(
+    error: NonFinite, own: pathlib.Path, config: ConfigDict, source: Source
 ) -> pathlib.Path:
+    path = own / f"nonfinite_step_{error.step}.json"
+    num_examples = source.spec.split_sizes["train"]
+    batch = batch_indices(config.seed, error.step, config.training.batch_size, num_examples)
+    report = {"step": error.step, "not_finite": error.quantities, "examples": batch.tolist()}
+    path.write_text(json.dumps(report) + "\n")
+    return path
+
+
+def _train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    own: pathlib.Path,
+    source: Source,
+    profile: bool,
+    poll: Poll,
+) -> pathlib.Path:
+    """``own`` is where this process writes all but the checkpoints."""
     model = factory.make_model(config, source.spec)
     objective = make_objective(config, model)
     recipe = make_recipe(config, objective)
@@ -82,7 +99,7 @@ def _train(
     num_steps, num_samples = config.training.num_steps, config.sampling.num_samples
 
     def picture(done: int) -> pathlib.Path:
-        return workdir / "samples" / f"step_{done:07}.png"
+        return own / "samples" / f"step_{done:07}.png"
 
     mesh, seed = make_mesh(config.fsdp), jax.random.key(config.seed)
     params = {"network": initial_parameters(config, model.network, seed, workdir)}
@@ -93,9 +110,10 @@ def _train(
         done = int(state.step)
         if done > num_steps:
             raise UserError(f"--workdir={workdir}: {done} steps are done; raise training.num_steps")
-        save_identity(workdir, config, source.spec)
-        if done == num_steps and picture(done).exists():
-            print(f"all {num_steps:,} steps of {workdir} are done", file=sys.stderr)
+        save_identity(own, config, source.spec)
+        if done == num_steps and from_first(picture(done).exists):
+            if is_first():
+                print(f"all {num_steps:,} steps of {workdir} are done", file=sys.stderr)
             return picture(done)
 
         heldout = HeldOut(objective, source, seed, mesh, batch_size, every.heldout_examples)
@@ -103,12 +121,12 @@ def _train(
         if isinstance(model, factory.Model):
             generator = Generator(model, config.sampling.batch_size, mesh)
         with (
-            MetricWriter(workdir, done, resumed.get("position", 0)) as writer,
-            Progress(num_steps, done) as bar,
+            MetricWriter(own, done, resumed.get("position", 0)) as writer,
+            Progress(num_steps, done, silent=not is_first()) as bar,
             Feed(config, source, mesh, done) as feed,
         ):
             step_fn = compile_step(recipe, state, mesh, config.parallel, feed.data)
-            profiler = Profiler(workdir / "profile" if profile else None)
+            profiler = Profiler(own / "profile" if profile else None)
 
             def log(step: int, scalars: dict[str, float]) -> None:
                 writer.write(step, scalars)
@@ -152,10 +170,12 @@ def _train(
                 evaluate()  # an interrupted run may have stopped right before
                 while done < num_steps:
                     count = stride()
-                    with profiler.before(done):
-                        state, metrics = step_fn(state, feed.take(count), seed)
-                    profiler.after(metrics)
-                    meter.add(done, metrics)
+                    with profiler.step(done):
+                        with TraceAnnotation("feed"):
+                            batches = feed.take(count)
+                        state, metrics = step_fn(state, batches, seed)
+                        with TraceAnnotation("metrics"):
+                            meter.add(done, metrics)
                     done += count
                     bar.advance(count)
                     checkpoints.check()

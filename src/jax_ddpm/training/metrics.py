@@ -181,12 +181,16 @@ class MetricWriter:
 
 
 class Progress:
-    """A bar with step, loss, images/s and the time left; plain lines where there is no terminal."""
+    """A bar with step, loss, images/s and the time left; plain lines where there is no terminal.
 
-    def __init__(self, num_steps: int, done: int = 0):
+    ``silent`` shows nothing, for all processes but the first.
+    """
+
+    def __init__(self, num_steps: int, done: int = 0, silent: bool = False):
+        self._silent = silent
         self._num_steps, self._resumed, self._start = num_steps, done, time.perf_counter()
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             from tqdm import tqdm
 
             self._bar = tqdm(total=num_steps, initial=done, unit="step", dynamic_ncols=True)
@@ -220,7 +224,7 @@ class Progress:
         """A line above the bar."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
-        else:
+        elif not self._silent:
             with contextlib.suppress(OSError):  # nobody reads any more; the run goes on
                 print(line, file=sys.stderr, flush=True)
 

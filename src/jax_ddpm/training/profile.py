@@ -1,7 +1,8 @@
-"""A trace of a few training steps, for TensorBoard or Perfetto."""
+"""A trace of a few training steps, for TensorBoard, XProf or Perfetto."""
 
+import contextlib
 import pathlib
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
@@ -10,24 +11,22 @@ _SKIPPED, _TRACED = 3, 5
 
 
 class Profiler:
-    """Traces the dispatches after the first three into ``folder``; does nothing without one.
+    """Traces five dispatches of steps, after the first three, into ``folder`` if there is one.
 
-    The step's phases are named ``gradients``, ``optimiser`` and ``averages`` on the device, and
-    ``feed``, ``step`` and ``metrics`` on the host.
+    The phases of a step are named ``gradients``, ``optimiser`` and ``averages`` on the device. On
+    the host ``step`` holds ``feed`` and ``metrics``, which waits for the steps before.
     """
 
     def __init__(self, folder: pathlib.Path | None):
         self._folder, self._dispatched = folder, 0
 
-    def before(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """To be entered around the dispatch of the steps from ``step`` on."""
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """To be entered around each dispatch, of the steps from ``number`` on."""
         if self._folder and self._dispatched == _SKIPPED:
             jax.profiler.start_trace(self._folder)
-        return jax.profiler.StepTraceAnnotation("step", step_num=step)
-
-    def after(self, metrics: Any) -> None:
-        """Once ``metrics`` are to come of a dispatch; waits for the last that is traced."""
+        with jax.profiler.StepTraceAnnotation("step", step_num=number):
+            yield
         self._dispatched += 1
         if self._folder and self._dispatched == _SKIPPED + _TRACED:
-            jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

@@ -1,0 +1,418 @@
+"""What a train step costs, counted before anything runs, and the time it should take.
+
+The counts are checked against compiled programs by experiments/scaling.py; docs/scaling.md has the
+formulas and what they foretell.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
+from jax.sharding import AbstractMesh, Mesh
+
+from jax_ddpm.keys import StepKeys
+from jax_ddpm.training.state import Recipe, TrainState
+from jax_ddpm.training.step import fsdp_spec
+
+# XLA joins collectives into one until it has so many bytes (collective_utils.h).
+_JOINED_BYTES = 30 * 2**20
+# For each time that a product reads or writes an activation, normalisation and the rest do once.
+_ELEMENTWISE = 2
+
+
+# How XLA writes a range of devices, reshaped and transposed.
+_RANGE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+class Collective(NamedTuple):
+    """A collective operation among ``group`` devices, each ``stride`` devices from the next."""
+
+    kind: str  # all-reduce | all-gather | reduce-scatter
+    group: int
+    stride: int = 1
+
+    @property
+    def passes(self) -> int:
+        """How often the data goes round: an all-reduce scatters sums, then gathers them."""
+        return 2 if self.kind == "all-reduce" else 1
+
+    def sent(self, volume: int) -> float:
+        """Bytes that each device sends, by algorithms that send no more than they must.
+
+        ``volume`` is the bytes of the whole array: summed, gathered, or before it is scattered
+        (Patarasuk & Yuan 2009).
+        """
+        return self.passes * volume * (self.group - 1) / self.group
+
+
+Volumes = dict[Collective, int]
+
+
+class Work(NamedTuple):
+    """What a device computes for its share of the batch.
+
+    Attributes:
+      flops: of convolutions and matrix products, recomputed ones included.
+      product_bytes: operands and results of those, read or written once for each.
+      activation_bytes: kept for the backward pass.
+    """
+
+    flops: int
+    product_bytes: int
+    activation_bytes: int
+
+
+class StepCost(NamedTuple):
+    """Of one train step on each device, and of one checkpoint.
+
+    Attributes:
+      state_bytes: parameters, averages, optimiser.
+      update_bytes: read and written by the optimiser and the averages.
+      volumes: bytes of the arrays that pass through each kind of collective.
+      checkpoint_bytes: of the whole state, once.
+    """
+
+    work: Work
+    state_bytes: int
+    update_bytes: int
+    volumes: Volumes
+    checkpoint_bytes: int
+
+
+class Machine(NamedTuple):
+    """A device and what joins it to others; bandwidths in bytes/s, of links as sent by one device.
+
+    Attributes:
+      flops: peak of matrix products in bfloat16, per second.
+      memory, memory_bandwidth: of the device.
+      domain: devices that fast links join: a node or a pod.
+      link, outer_link: bandwidth within the domain and beyond it.
+      latency, outer_latency: seconds for one pass of the smallest message over a domain, and
+        between domains.
+      flops_share, bandwidth_share: of the peaks, that programs reach.
+    """
+
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    domain: int
+    link: float
+    outer_link: float
+    latency: float
+    outer_latency: float
+    flops_share: float = 0.5
+    bandwidth_share: float = 0.8
+
+
+class Prediction(NamedTuple):
+    """Seconds of a step, and the parts that add up to it."""
+
+    seconds: float
+    parts: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """The largest part."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+
+def gradient_work(recipe: Recipe, state: TrainState, batch: dict[str, Any]) -> Work:
+    """The work of all gradients of a step, from shapes alone.
+
+    ``batch`` is one device's share of one micro-batch.
+    """
+    rows = len(jax.tree.leaves(batch)[0])
+    seed = jax.eval_shape(lambda: jax.random.key(0))
+    works = []
+    for phase in recipe.phases:
+
+        def loss(trained, params, extra, batch, seed, step, phase=phase):
+            keys = StepKeys(seed, step, jnp.arange(rows), rows)
+            losses, _, _ = phase.objective(params | trained, extra, batch, keys, step)
+            return losses.sum()
+
+        trained = {name: state.params[name] for name in phase.trains}
+        arguments = trained, state.params, state.extra, batch, seed, state.step
+        gradients = jax.make_jaxpr(jax.grad(loss))(*arguments).jaxpr
+        works.append(
+            Work(
+                recipe.accumulate * _total(gradients, _product_flops),
+                recipe.accumulate * _total(gradients, _product_bytes),
+                activation_bytes(loss, *arguments),
+            )
+        )
+    flops, product_bytes, activations = zip(*works, strict=True)
+    return Work(sum(flops), sum(product_bytes), max(activations))
+
+
+def step_cost(recipe: Recipe, state: TrainState, work: Work, mesh: Mesh | AbstractMesh) -> StepCost:
+    """What a train step costs whose state, of arrays or only shapes, is spread over ``mesh``."""
+    volumes: Volumes = defaultdict(int)
+    for phase in recipe.phases:
+        trained = {name: state.params[name] for name in phase.trains}
+        for collective, volume in gradient_volumes(trained, mesh, recipe.accumulate).items():
+            volumes[collective] += volume
+    held = state.params, state.ema, state.opt_state
+    return StepCost(
+        work,
+        state_bytes=_held_bytes(held, mesh),
+        # The state is read and written, the gradient read for its norm and for the update, the
+        # parameters for their norm.
+        update_bytes=2 * _held_bytes(held, mesh) + 3 * _held_bytes(state.params, mesh),
+        volumes=dict(volumes),
+        checkpoint_bytes=sum(map(_bytes, jax.tree.leaves(held))),
+    )
+
+
+def predict(cost: StepCost, machine: Machine) -> Prediction:
+    """The seconds of a step, with no communication hidden behind arithmetic."""
+    bandwidth = machine.memory_bandwidth * machine.bandwidth_share
+    arithmetic = cost.work.flops / (machine.flops * machine.flops_share)
+    traffic = _ELEMENTWISE * cost.work.product_bytes / bandwidth
+    parts = {
+        "arithmetic" if arithmetic > traffic else "memory": max(arithmetic, traffic),
+        "update": cost.update_bytes / bandwidth,
+        "collectives": sum(
+            collective_seconds(collective, volume, machine)
+            for collective, volume in cost.volumes.items()
+        ),
+    }
+    return Prediction(sum(parts.values()), parts)
+
+
+def collective_seconds(collective: Collective, volume: int, machine: Machine) -> float:
+    """First within each domain, then what is left to each device between the domains."""
+    inner = min(collective.group, max(1, machine.domain // collective.stride))
+    outer = collective.group // inner
+    seconds = volume * (inner - 1) / inner / machine.link
+    seconds += volume / inner * (outer - 1) / outer / machine.outer_link
+    latency = (inner > 1) * machine.latency + (outer > 1) * machine.outer_latency
+    messages = math.ceil(volume / _JOINED_BYTES)
+    return collective.passes * (seconds / machine.bandwidth_share + messages * latency)
+
+
+def gradient_volumes(params: Any, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> Volumes:
+    """Bytes through each collective of a train step; scalars for metrics and norms count nothing.
+
+    Arrays split over "fsdp" are gathered once, and for each micro-batch their gradients are summed
+    and scattered; then the parts are summed over the other devices. All other gradients are summed
+    over all devices.
+    """
+    fsdp = mesh.shape.get("fsdp", 1)
+    volumes: Volumes = defaultdict(int)
+    for leaf in jax.tree.leaves(params):
+        if _is_split(leaf, mesh):
+            volumes[Collective("all-gather", fsdp)] += _bytes(leaf)
+            volumes[Collective("reduce-scatter", fsdp)] += accumulate * _bytes(leaf)
+            across = Collective("all-reduce", mesh.size // fsdp, stride=fsdp)
+            volumes[across] += _bytes(leaf) // fsdp
+        else:
+            volumes[Collective("all-reduce", mesh.size)] += _bytes(leaf)
+    return {each: volume for each, volume in volumes.items() if each.group > 1}
+
+
+def compiled_volumes(text: str) -> Volumes:
+    """The same, read from a compiled module as XLA's CPU backend prints it.
+
+    What lies in a loop counts as often as that runs.
+
+    Raises:
+      ValueError: where collectives lie in a loop of unknown length.
+    """
+    computations: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if found := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = found[2]
+            entry = name if found[1] else entry
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+
+    def volumes_of(computation: str) -> Volumes:
+        volumes: Volumes = defaultdict(int)
+        for line in computations[computation]:
+            if collective := _read_collective(line):
+                volumes[collective[0]] += collective[1]
+            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+                for key, volume in volumes_of(callee).items():
+                    volumes[key] += _read_runs(line) * volume
+        return volumes
+
+    return {each: volume for each, volume in volumes_of(entry).items() if each.group > 1}
+
+
+def _read_runs(line: str) -> int:
+    if " while(" not in line:
+        return 1
+    count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if count is None:
+        raise ValueError(f"a loop of unknown length holds collectives: {line.strip()[:80]}")
+    return int(count[1])
+
+
+def _read_collective(line: str) -> tuple[Collective, int] | None:
+    found = re.search(r"= (.*?) (all-reduce|all-gather|reduce-scatter)\(", line)
+    if found is None:
+        return None
+    devices = _read_groups(line)
+    group = devices.shape[1]
+    stride = int(devices[0, 1] - devices[0, 0]) if group > 1 else 1
+    arrays = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", found[1])
+    volume = sum(int(bits) // 8 * math.prod(_numbers(shape)) for bits, shape in arrays)
+    if found[2] == "reduce-scatter":
+        volume *= group
+    return Collective(found[2], group, stride), volume
+
+
+def _read_groups(line: str) -> np.ndarray:
+    """The devices ``[groups, devices]``: written out, a transposed range, or axes of a mesh."""
+    if found := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])])
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={_RANGE}", line):
+        return _read_range(found[2], found[3]).reshape(_numbers(found[1]))
+    mesh = rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({_RANGE}\))? \{{(.*?)\}}"
+    found = re.search(mesh, line)
+    assert found, line
+    axes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
+    lengths = [int(length) for length in axes.values()]
+    devices = _read_range(found[2] or str(math.prod(lengths)), found[3]).reshape(lengths)
+    across = [i for i, axis in enumerate(axes) if axis in found[4]]
+    size = math.prod(lengths[i] for i in across)
+    return np.moveaxis(devices, across, range(-len(across), 0)).reshape(-1, size)
+
+
+def _read_range(shape: str, order: str | None) -> np.ndarray:
+    lengths = _numbers(shape)
+    devices = np.arange(math.prod(lengths)).reshape(lengths)
+    return devices.transpose(_numbers(order)) if order else devices
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _is_split(leaf: Any, mesh: Mesh | AbstractMesh) -> bool:
+    return "fsdp" in fsdp_spec(leaf.shape, mesh)  # type: ignore[arg-type]
+
+
+def _bytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize
+
+
+def _held_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+    """On one device."""
+    fsdp = mesh.shape.get("fsdp", 1)
+    return sum(
+        _bytes(leaf) // (fsdp if _is_split(leaf, mesh) else 1) for leaf in jax.tree.leaves(tree)
+    )
+
+
+def activation_bytes(function: Callable, params: Any, *arguments: Any) -> int:
+    """What must be kept to differentiate ``function`` by ``params``, beside the arguments.
+
+    As the program says; XLA may keep less, and needs room for gradients of activations as well.
+    """
+
+    def kept(params: Any, *arguments: Any) -> Any:
+        return jax.vjp(lambda params: function(params, *arguments), params)[1]
+
+    jaxpr = jax.make_jaxpr(kept)(params, *arguments).jaxpr
+    new = {var for var in jaxpr.outvars if isinstance(var, Var)} - set(jaxpr.invars)
+    return sum(_bytes(var.aval) for var in new)
+
+
+def flops(function: Callable, *arguments: Any) -> int:
+    """Floating-point operations of all convolutions and matrix products in ``function``.
+
+    A multiply-add is two. Of a convolution those on padding and on the holes of dilation do not
+    count, so that its two gradients cost what it does. All that is element by element counts as
+    nothing, a loop as often as it runs (``while``, which may run any number of times, once), the
+    dearest branch of a choice, and what is mapped over devices on each of them.
+
+    ``arguments`` are arrays or only their shapes and dtypes.
+    """
+    return _total(jax.make_jaxpr(function)(*arguments).jaxpr, _product_flops)
+
+
+def _total(jaxpr: Jaxpr, of: Callable[[JaxprEqn], int]) -> int:
+    """The sum of ``of`` over the operations that run, those of inner programs included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [_total(each, of) for each in jaxprs_in_params(equation.params)]
+        chosen = max(inner) if equation.primitive.name == "cond" else sum(inner)
+        total += of(equation) + _runs(equation) * chosen
+    return total
+
+
+def _runs(equation: JaxprEqn) -> int:
+    params = equation.params
+    if equation.primitive.name == "scan":
+        return params["length"]
+    if equation.primitive.name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+    return 1
+
+
+def _product_flops(equation: JaxprEqn) -> int:
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        lhs, _, out = _operands(equation)
+        return 2 * out.size * math.prod(lhs.shape[axis] for axis in contracted)
+    if equation.primitive.name == "conv_general_dilated":
+        return _convolution_flops(equation)
+    return 0
+
+
+def _product_bytes(equation: JaxprEqn) -> int:
+    if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
+        return 0
+    return sum(map(_bytes, _operands(equation)))
+
+
+def _operands(equation: JaxprEqn) -> list[Any]:
+    """Shapes and dtypes of what goes in, then of what comes out."""
+    return [var.aval for var in (*equation.invars, *equation.outvars)]
+
+
+def _convolution_flops(equation: JaxprEqn) -> int:
+    params = equation.params
+    lhs, rhs, out = (operand.shape for operand in _operands(equation))
+    lhs_axes, rhs_axes, out_axes = params["dimension_numbers"]
+    batch, features, *out_spatial = out_axes
+    _, inputs, *rhs_spatial = rhs_axes
+    _, _, *lhs_spatial = lhs_axes
+    spatial = zip(
+        (lhs[axis] for axis in lhs_spatial),
+        (rhs[axis] for axis in rhs_spatial),
+        (out[axis] for axis in out_spatial),
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        strict=True,
+    )
+    pairs = math.prod(_pairs(*axis) for axis in spatial)
+    return 2 * out[batch] * out[features] * rhs[inputs] * pairs
+
+
+def _pairs(
+    length: int,
+    taps: int,
+    places: int,
+    stride: int,
+    padding: tuple[int, int],
+    lhs_dilation: int,
+    rhs_dilation: int,
+) -> int:
+    """How many (place of the output, tap of the kernel) meet an element of the input."""
+    place, tap = np.ogrid[:places, :taps]
+    position = place * stride + tap * rhs_dilation - padding[0]
+    within = (position >= 0) & (position <= (length - 1) * lhs_dilation)
+    return int(np.sum(within & (position % lhs_dilation == 0)))

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from jax_ddpm.data import lazy
+from jax_ddpm.data.lazy import KeptSource
+from jax_ddpm.data.source import ArraySource
+
+SIZES = {"train": 23, "heldout": 5}
+
+
+class Counting:
+    """Random images, and how often each was read."""
+
+    def __init__(self, labels):
+        rng = np.random.default_rng(0)
+        splits = {}
+        for split, size in SIZES.items():
+            splits[split] = {"image": rng.integers(0, 256, (size, 3, 2, 1), dtype=np.uint8)}
+            if labels:
+                splits[split]["label"] = rng.integers(0, 4, size, dtype=np.int32)
+        self.whole = ArraySource(splits, num_levels=256, identity="random")
+        self.spec = self.whole.spec
+        self.reads = {split: np.zeros(size, int) for split, size in SIZES.items()}
+
+    def batch(self, split, indices):
+        np.add.at(self.reads[split], indices, 1)
+        return self.whole.batch(split, indices)
+
+
+@pytest.mark.parametrize("split", SIZES)
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("read_at_once", [1, 7, 23, 100])
+def test_a_kept_split_is_given_whole_and_each_image_read_once(
+    split, labels, read_at_once, monkeypatch
+):
+    monkeypatch.setattr(lazy, "_READ_AT_ONCE", read_at_once)
+    source = Counting(labels)
+    kept = KeptSource(source)
+    kept.batch(split, np.array([3, 0, 3]))
+    for _ in range(2):
+        arrays = kept.arrays(split)
+        expected = source.whole.arrays(split)
+        assert arrays.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(arrays[name], array)
+            assert arrays[name].dtype == array.dtype
+    other = "train" if split == "heldout" else "heldout"
+    assert (source.reads[split].tolist(), source.reads[other].sum()) == ([1] * SIZES[split], 0)

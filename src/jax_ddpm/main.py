@@ -305,8 +305,10 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
     from jax_ddpm import distributed
+    from jax_ddpm.backend import prepare
     from jax_ddpm.launch import join
 
+    prepare(deterministic=bool(options.CONFIG.value and options.CONFIG.value.deterministic))
     with distributed.ending(), _one_line():
         join(
             options.DISTRIBUTED.value,

@@ -9,77 +9,54 @@ shares a batch over all devices, as evaluation does; a CPU is one device per cor
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from measuring import Program, alternate, compared, report
 
+from jax_ddpm.devices import compile_over, make_mesh, place, split, whole
 from jax_ddpm.evaluation.frechet import frechet_distance, moments
 from jax_ddpm.interop.inception import inception_parameters
 from jax_ddpm.models.inception import InceptionV3
-from jax_ddpm.training.step import data_mesh
-
-Program = Callable[[], np.ndarray]
 
 
 def main() -> None:
-    """Prints one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Prints JSON and a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6, help="of features")
     parser.add_argument("--distance_rounds", type=int, default=2)
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
     try:
-        import pytorch_fid
-        import torch
+        import pytorch_fid  # noqa: F401
+        import torch  # noqa: F401
     except ImportError as error:
-        sys.exit(f"{error}: pip install torch torchvision pytorch-fid")
+        sys.exit(f"error: {error}; pip install torch torchvision pytorch-fid")
 
     features = compare(*feature_programs(arguments.batch_size), arguments.rounds)
-    for name in ("ours", "theirs"):
-        features[f"{name}_features_per_second"] = arguments.batch_size / features[f"{name}_seconds"]
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load": os.getloadavg(),
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "versions": {module.__name__: module.__version__ for module in (jax, torch, pytorch_fid)},
-        "features": features | {"batch_size": arguments.batch_size},
-        "frechet_distance": compare(*distance_programs(), arguments.distance_rounds),
-    }
-    print(json.dumps(report, indent=2))
+    features["images_per_second"] = arguments.batch_size / features["seconds"]
+    distance = compare(*distance_programs(), arguments.distance_rounds)
+    report(
+        __doc__,
+        [
+            {"what": "features", "batch_size": arguments.batch_size} | features,
+            {"what": "Fréchet distance"} | distance,
+        ],
+    )
 
 
 def compare(ours: Program, theirs: Program, rounds: int) -> dict[str, Any]:
-    """Median seconds, and the median over rounds of theirs/ours: above 1, ours is faster."""
-    difference = np.linalg.norm(ours() - (expected := theirs())) / np.linalg.norm(expected)
-    seconds: dict[Program, list[float]] = {ours: [], theirs: []}
-    for _ in range(rounds):
-        for program, measured in seconds.items():
-            start = time.perf_counter()
-            program()
-            measured.append(time.perf_counter() - start)
-    ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
-    return {
-        "ours_seconds": statistics.median(seconds[ours]),
-        "theirs_seconds": statistics.median(seconds[theirs]),
-        "speedup": statistics.median(ratios),
-        "speedup_range": [min(ratios), max(ratios)],
-        "relative_difference": float(difference),
-        "rounds": rounds,
-    }
+    """Seconds and speed-up, and the difference between the results by norm."""
+    difference = np.linalg.norm(ours.launch() - (expected := theirs.launch()))
+    row = compared(alternate({"ours": ours, "theirs": theirs}, rounds))
+    return row | {"relative_difference": float(difference / np.linalg.norm(expected))}
 
 
 def feature_programs(batch_size: int) -> tuple[Program, Program]:
@@ -92,21 +69,20 @@ def feature_programs(batch_size: int) -> tuple[Program, Program]:
         mock.patch.object(inception, "load_state_dict_from_url"),  # no download
         mock.patch.object(torchvision.models.Inception3, "load_state_dict"),
     ):
-        whole = inception.fid_inception_v3()
-    weights = {name: array.numpy() for name, array in whole.state_dict().items()}
-    with mock.patch.object(inception, "fid_inception_v3", return_value=whole):
+        complete = inception.fid_inception_v3()
+    weights = {name: array.numpy() for name, array in complete.state_dict().items()}
+    with mock.patch.object(inception, "fid_inception_v3", return_value=complete):
         reference = inception.InceptionV3().eval()
 
     images = np.random.default_rng(0).integers(0, 256, (batch_size, 32, 32, 3), dtype=np.uint8)
     jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = data_mesh()
-    whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
-    network = jax.jit(
+    mesh = make_mesh()
+    network = compile_over(
         lambda params, images: InceptionV3().apply({"params": params}, images)[0],
-        in_shardings=(whole, split),
+        (whole(mesh), split(mesh)),
+        split(mesh),
     )
-
-    params = jax.device_put(inception_parameters(weights), whole)
+    params = place(inception_parameters(weights), whole(mesh))
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     torch.backends.cudnn.allow_tf32 = False
@@ -117,7 +93,7 @@ def feature_programs(batch_size: int) -> tuple[Program, Program]:
     def theirs() -> np.ndarray:
         return reference(inputs)[0][:, :, 0, 0].cpu().numpy()
 
-    return lambda: np.asarray(network(params, images)), theirs
+    return Program(lambda: np.asarray(network(params, images))), Program(theirs)
 
 
 def distance_programs() -> tuple[Program, Program]:
@@ -128,8 +104,8 @@ def distance_programs() -> tuple[Program, Program]:
     deviations = np.geomspace(1, 0.01, 2048)
     a, b = (moments(rng.normal(mean, deviations, (4096, 2048))) for mean in (0.0, 0.01))
     return (
-        lambda: np.asarray(frechet_distance(a, b)),
-        lambda: np.asarray(calculate_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)),
+        Program(lambda: np.asarray(frechet_distance(a, b))),
+        Program(lambda: np.asarray(calculate_frechet_distance(*a[:2], *b[:2]))),
     )
 
 

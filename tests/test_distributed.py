@@ -23,6 +23,7 @@ from jax_ddpm.distributed import (
 )
 from jax_ddpm.errors import UserError
 from jax_ddpm.stopping import EXIT_CODE, Stopped
+from jax_ddpm.training.identity import claimed
 
 
 def succeeds(job):
@@ -91,6 +92,16 @@ def test_files_of_the_first_process_alone_are_kept(tmp_path):
     workdir.mkdir()
     succeeds(joined(tmp_path, 2, 1, functools.partial(write, workdir)))
     assert [path.name for path in workdir.iterdir()] == ["log"]
+
+
+def claim(workdir):
+    with pytest.raises(UserError, match="another process trains there"), claimed(workdir):
+        pass
+
+
+def test_a_workdir_that_is_taken_is_refused_to_all(tmp_path):
+    with claimed(tmp_path / "run"):
+        succeeds(joined(tmp_path, 2, 1, functools.partial(claim, tmp_path / "run")))
 
 
 def poll_amid_work(signalled):

@@ -209,6 +209,7 @@ class TestSample:
 DIGITS = "--config=configs/digits.py"
 SAMPLE = ["--mode=sample", "--workdir={digits}"]
 CONDITIONAL = ["--mode=sample", "--workdir={conditional}"]
+MANUAL = ["--distributed=manual", "--num_processes=2"]
 HEAD = "from jax_ddpm.config import default\n\ndef get_config():\n    config = default()\n"
 FILES = {
     "unknown_field.py": HEAD + "    config.model.base_chanels = 8\n",
@@ -327,6 +328,14 @@ WRONG = {
     "variance_is_not_estimated": ([*CONDITIONAL, "--sampling.variance=optimal"], "--mode=variance"),
     "variance_of_what": (["--mode=variance"], "--workdir"),
     "both_kinds_of_parameters": ([*SAMPLE, "--ema", "--raw"], "--raw"),
+    # several processes
+    "unknown_way_to_join": (["--distributed=slurm"], "manual"),
+    "half_an_address": (["--distributed=manual", "--num_processes=2"], "--coordinator=host:port"),
+    "address_for_nobody": (["--coordinator=localhost:1234"], "--distributed=manual"),
+    "no_port": ([*MANUAL, "--coordinator=localhost", "--process_id=0"], "--coordinator=localhost:"),
+    "one_too_many": ([*MANUAL, "--coordinator=localhost:1", "--process_id=2"], "0 to 1"),
+    "no_processes": (["--num_processes=0"], "num_processes"),
+    "job_for_a_comparison": (["--mode=compare", "--process_id=1"], "--process_id does nothing"),
 }
 
 
@@ -369,7 +378,7 @@ def test_mistakes_are_one_line(places, folder, mistake):
 
 
 def test_the_list_of_mistakes_only_grows():
-    assert len(WRONG) >= 69
+    assert len(WRONG) >= 76
 
 
 def test_importing_the_package_is_light():

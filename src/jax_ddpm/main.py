@@ -9,8 +9,8 @@ python -m jax_ddpm.main --mode=variance --workdir=runs/digits
 python -m jax_ddpm.main --mode=fid_stats --config=configs/cifar10.py --out=cifar10.npz
 python -m jax_ddpm.main --mode=compare a.json b.json
 
-Exit codes: 0 done; 1 a mistake, explained in one line; 75 stopped by SIGTERM or Ctrl-C with
-everything saved: the same command goes on.
+Exit codes: 0 done; 1 a mistake, or another process of the job is lost, explained in one line; 75
+stopped by SIGTERM or Ctrl-C with everything saved: the same command goes on.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
-"""The cost model against XLA's own counts, against what can be counted by hand, and, run as a
-program over eight simulated devices, against compiled train steps."""
+"""The cost model against XLA's own counts, against what can be counted by hand, and against train
+steps compiled for eight simulated devices, for which this file is run as a program."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -36,26 +37,37 @@ ROWS = 3  # of one device, in one micro-batch
 LAYOUTS = {"data": (1, 1), "fsdp": (8, 1), "both": (4, 2)}
 
 
-def setting(remat="", accumulate=1):
+def dense(params, x, time, conditioning, dropout_keys=None):
+    """A network that compiles at once: two arrays that can be split and one too small for it."""
+    h = jnp.sin(x.reshape(len(x), -1) @ params["first"] + time[:, None])
+    return (h @ params["second"]).reshape(x.shape) + params["bias"]
+
+
+def setting(network="dense", remat="", accumulate=1):
     config = tiny.config(
         model__base_channels=32, model__channel_multipliers=(1,), model__remat=remat
     )
     model = factory.Model(config, tiny.spec())
     objective = make_objective(config, model)
+    params = model.network.init(jax.random.key(0)) if network == "unet" else {}
+    if network == "dense":
+        shapes = {"first": (16, 512), "second": (512, 16), "bias": (1, 4, 4, 1)}
+        params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+        objective = dataclasses.replace(objective, apply=dense)
     recipe = make_recipe(config, objective)._replace(accumulate=accumulate)
-    params = {"network": model.network.init(jax.random.key(0))}
-    return recipe, jax.eval_shape(partial(init_state, recipe), params, objective.init())
+    state = partial(init_state, recipe)
+    return recipe, jax.eval_shape(state, {"network": params}, objective.init())
 
 
 def batch(*shape):
     return {"image": jax.ShapeDtypeStruct((*shape, 4, 4, 1), jnp.uint8)}
 
 
-def compare(layout):
+def compare(network, layout):
     """What one device does in a train step over all of them: as predicted, and as compiled."""
     fsdp, accumulate = LAYOUTS[layout]
     mesh = make_mesh(fsdp)
-    recipe, state = setting(accumulate=accumulate)
+    recipe, state = setting(network, accumulate=accumulate)
     cost = step_cost(recipe, state, gradient_work(recipe, state, batch(ROWS)), mesh)
 
     def laid_out(leaf):
@@ -69,25 +81,22 @@ def compare(layout):
     return {
         "predicted": [[*each, volume] for each, volume in cost.volumes.items()],
         "compiled": [[*each, n] for each, n in compiled_volumes(program.as_text()).items()],
-        "flops": cost.work.flops,
-        "compiled_flops": program.cost_analysis()["flops"],
         "state_bytes": cost.state_bytes,
         "argument_bytes": program.memory_analysis().argument_size_in_bytes,
         "checkpoint_bytes": cost.checkpoint_bytes,
     }
 
 
-@pytest.fixture(scope="module", params=[8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["dense", pytest.param("unet", marks=pytest.mark.slow)])
 def compiled(request):
     environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(request.param),
+        "JAX_NUM_CPU_DEVICES": "8",
         # Less work on machine code; collectives, arithmetic and memory stay what they are.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *sys.path]),
     }
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, __file__, request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -108,12 +117,6 @@ def test_the_state_takes_the_bytes_that_are_predicted(compiled, layout):
     found = compiled[layout]
     assert 0 <= found["argument_bytes"] - found["state_bytes"] < 1000
     assert found["checkpoint_bytes"] == compiled["data"]["state_bytes"]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_arithmetic_is_what_is_predicted_and_a_little_that_is_no_product(compiled, layout):
-    found = compiled[layout]
-    assert 1 < found["compiled_flops"] / found["flops"] < 1.3
 
 
 def abstract(*shape):
@@ -194,7 +197,10 @@ def test_activations_are_what_the_derivative_needs():
 
 
 def test_rematerialisation_computes_more_to_keep_less():
-    works = [gradient_work(*setting(remat), batch(ROWS)) for remat in ("", "elementwise", "blocks")]
+    works = [
+        gradient_work(*setting("unet", remat), batch(ROWS))
+        for remat in ("", "elementwise", "blocks")
+    ]
     kept = [work.activation_bytes for work in works]
     assert kept[0] > kept[1] > kept[2] > 0
     everything, elementwise, blocks = (work.flops for work in works)
@@ -265,15 +271,16 @@ def test_beyond_a_domain_only_the_part_of_each_device_passes():
     assert seconds == pytest.approx(4e6 / 1e8 + 1e-2)
 
 
-def test_the_largest_part_is_what_bounds_a_step():
+def test_a_step_takes_as_long_as_its_parts():
     recipe, state = setting()
-    work = gradient_work(recipe, state, batch(ROWS))
-    cost = step_cost(recipe, state, work, make_mesh())
-    slow = {"arithmetic": {"flops": 1.0}, "memory": {"memory_bandwidth": 1.0}, "": {"link": 1.0}}
-    for bound, figures in slow.items():
-        prediction = predict(cost, MACHINE._replace(**figures))
-        assert prediction.bound == (bound or "collectives")
-        assert prediction.seconds == pytest.approx(sum(prediction.parts.values()))
+    cost = step_cost(recipe, state, gradient_work(recipe, state, batch(ROWS)), make_mesh())
+    prediction = predict(cost, MACHINE._replace(flops=1e6))
+    assert prediction.bound == "arithmetic"
+    assert prediction.parts["arithmetic"] == pytest.approx(cost.work.flops / 1e6)
+    assert prediction.parts["update"] == pytest.approx(cost.update_bytes / 1e10)
+    assert prediction.seconds == pytest.approx(sum(prediction.parts.values()))
+    slow_links = predict(cost, MACHINE._replace(link=1.0))
+    assert slow_links.bound == "collectives"
 
 
 def test_a_shared_state_is_updated_in_shares():
@@ -288,4 +295,4 @@ def test_a_shared_state_is_updated_in_shares():
 
 
 if __name__ == "__main__":
-    print(json.dumps({layout: compare(layout) for layout in LAYOUTS}))
+    print(json.dumps({layout: compare(sys.argv[1], layout) for layout in LAYOUTS}))

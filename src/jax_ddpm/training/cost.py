@@ -8,6 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -345,19 +346,23 @@ def _total(jaxpr: Jaxpr, of: Callable[[JaxprEqn], int]) -> int:
     """The sum of ``of`` over the operations that run, those of inner programs included."""
     total = 0
     for equation in jaxpr.eqns:
-        inner = [_total(each, of) for each in jaxprs_in_params(equation.params)]
+        inner = [_total(each, of) for each in _programs(equation)]
         chosen = max(inner) if equation.primitive.name == "cond" else sum(inner)
         total += of(equation) + _runs(equation) * chosen
     return total
 
 
+def _programs(equation: JaxprEqn) -> list[Jaxpr]:
+    if equation.primitive.name == "convolve":  # our own: see models/convolution.py
+        function = partial(equation.primitive.impl, **equation.params)
+        return [jax.make_jaxpr(function)(*(var.aval for var in equation.invars)).jaxpr]
+    return list(jaxprs_in_params(equation.params))
+
+
 def _runs(equation: JaxprEqn) -> int:
-    params = equation.params
     if equation.primitive.name == "scan":
-        return params["length"]
-    if equation.primitive.name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
-    return 1
+        return equation.params["length"]
+    return equation.params["mesh"].size if equation.primitive.name == "shard_map" else 1
 
 
 def _product_flops(equation: JaxprEqn) -> int:

@@ -1,0 +1,371 @@
+"""The tables of docs/scaling.md: the cost model against compiled programs, and what it foretells.
+
+    python experiments/scaling.py check
+    python experiments/scaling.py tables
+
+``check`` compiles train steps for 8 to 64 simulated CPU devices and notes what their collectives,
+arithmetic and memory are beside what the model says; nothing is run. Every case is added to
+``experiments/results/scaling.json`` once it is compiled, and passed over if it is there already.
+``tables`` adds the predictions and prints it all as Markdown.
+"""
+
+import argparse
+import json
+import pathlib
+import runpy
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding
+from ml_collections import ConfigDict
+
+from jax_ddpm.data.source import Spec
+from jax_ddpm.devices import make_mesh
+from jax_ddpm.evaluation.record import save_record
+from jax_ddpm.factory import Model
+from jax_ddpm.models.remat import REMAT_POLICIES
+from jax_ddpm.training.cost import (
+    Machine,
+    StepCost,
+    Volumes,
+    Work,
+    compiled_volumes,
+    gradient_work,
+    predict,
+    step_cost,
+)
+from jax_ddpm.training.recipe import make_objective, make_recipe
+from jax_ddpm.training.state import Recipe, TrainState, init_state
+from jax_ddpm.training.step import compile_step, fsdp_spec
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "experiments/results/scaling.json"
+
+# Config, height and width of its images, and what makes it smaller.
+NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "small": (
+        "cifar10",
+        8,
+        {"base_channels": 64, "channel_multipliers": (1, 2), "num_res_blocks": 1},
+    ),
+    "CIFAR-10": ("cifar10", 32, {}),
+    "256×256": ("celebahq256", 256, {}),
+}
+# Network, devices, how many of them share the state, micro-batches.
+LAYOUTS = [
+    *[("small", count, fsdp, 1) for count in (8, 16, 32, 64) for fsdp in (1, 8)],
+    ("small", 64, 4, 3),
+    *[("CIFAR-10", count, fsdp, 1) for count in (8, 64) for fsdp in (1, 8)],
+    ("256×256", 64, 8, 1),
+]
+GLOBAL_BATCH = {"small": 192, "CIFAR-10": 128, "256×256": 64}
+# Steps of the paper's runs.
+RUNS = {
+    "CIFAR-10": {"": 800_000},
+    "256×256": {"CelebA-HQ ": 500_000, "church ": 1_200_000, "cat ": 1_800_000,
+                "bedroom ": 2_400_000},
+}  # fmt: skip
+_GPU = Machine(
+    flops=989e12,
+    memory=80e9,
+    memory_bandwidth=3.35e12,
+    domain=8,
+    link=450e9,
+    outer_link=50e9,
+    latency=10e-6,
+    outer_latency=20e-6,
+)
+_TPU = Machine(
+    flops=197e12,
+    memory=16e9,
+    memory_bandwidth=819e9,
+    domain=256,
+    link=90e9,
+    outer_link=3.125e9,
+    latency=16e-6,
+    outer_latency=100e-6,
+)
+MACHINES = {
+    "H100": _GPU,
+    "H200": _GPU._replace(memory=141e9, memory_bandwidth=4.8e12),
+    "TPU v5e": _TPU,
+    "TPU v6e": _TPU._replace(
+        flops=918e12, memory=32e9, memory_bandwidth=1638e9, link=180e9, outer_link=12.5e9
+    ),
+}
+DEVICES = {"H100": (8,), "H200": (8,), "TPU v5e": (8, 16, 32, 64, 128), "TPU v6e": (8, 32, 128)}
+# Bytes/s, assumed: from one device to its host, and from one host to its disk or bucket.
+TO_HOST, STORAGE = 15e9, 1e9
+# Of one device, where policies of rematerialisation are compared.
+MEMORY_BATCH = {"CIFAR-10": 8, "256×256": 1}
+
+
+class Setting(NamedTuple):
+    """What is trained, as shapes."""
+
+    recipe: Recipe
+    state: TrainState
+
+
+@cache
+def make_setting(network: str, dtype: str = "float32", remat: str = "", accumulate: int = 1):
+    """The recipe and the shapes of the state."""
+    name, size, fields = NETWORKS[network]
+    config: ConfigDict = runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]()
+    config.model.update(fields)
+    config.model.update(dtype=dtype, remat=remat)
+    model = Model(config, Spec((size, size, 3), 256, 0, {"train": 50_000, "heldout": 1000}, name))
+    objective = make_objective(config, model)
+    recipe = make_recipe(config, objective)._replace(accumulate=accumulate)
+    params = {"network": model.network.init(jax.random.key(0))}
+    state = jax.eval_shape(partial(init_state, recipe), params, objective.init())
+    return Setting(recipe, state)
+
+
+def make_batch(network: str, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of a batch."""
+    size = NETWORKS[network][1]
+    return {"image": jax.ShapeDtypeStruct((*shape, size, size, 3), jnp.uint8)}
+
+
+@cache
+def make_work(network: str, batch_size: int, **options: Any) -> Work:
+    """Of one device with so many images: traced for one and for two, and a line through both."""
+    setting = make_setting(network, **options)
+    if batch_size <= 2:
+        return gradient_work(*setting, make_batch(network, batch_size))
+    one, two = (make_work(network, count, **options) for count in (1, 2))
+    return Work(*(a + (batch_size - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+def compile_program(network: str, batch_size: int, devices: int, fsdp: int = 1, **options: Any):
+    """The train step, compiled without anything of its arguments but shapes.
+
+    Its machine code is not optimised: that takes most of the time, and changes nothing of what is
+    read here.
+    """
+    setting, mesh = make_setting(network, **options), make_mesh(fsdp, jax.devices()[:devices])
+
+    def laid_out(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, fsdp_spec(leaf.shape, mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.tree.map(laid_out, setting.state)
+    batch = make_batch(network, 1, batch_size)
+    seed = jax.eval_shape(lambda: jax.random.key(0))
+    program = compile_step(setting.recipe, state, mesh).program.lower(state, {}, batch, seed)
+    return program.compile(
+        {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    )
+
+
+def check_layout(network: str, devices: int, fsdp: int, accumulate: int) -> dict[str, Any]:
+    """Collectives, arithmetic and memory of a device: predicted and compiled."""
+    batch_size = GLOBAL_BATCH[network]
+    cost = abstract_cost(network, batch_size // devices, devices, fsdp, accumulate=accumulate)
+    program = compile_program(network, batch_size, devices, fsdp, accumulate=accumulate)
+    memory = program.memory_analysis()
+    return {
+        "sent_bytes": sent_by_kind(cost.volumes),
+        "compiled_sent_bytes": sent_by_kind(compiled_volumes(program.as_text())),
+        "flops": cost.work.flops,
+        "compiled_flops": program.cost_analysis()["flops"],
+        "state_bytes": cost.state_bytes,
+        "compiled_argument_bytes": memory.argument_size_in_bytes,
+        "compiled_temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def check_memory(network: str, remat: str) -> dict[str, Any]:
+    """Temporaries of one device under a policy, and the activations that the model counts."""
+    batch_size = MEMORY_BATCH[network]
+    program = compile_program(network, batch_size, 1, remat=remat)
+    work = make_work(network, batch_size, remat=remat)
+    return {
+        "batch_size": batch_size,
+        "activation_bytes": work.activation_bytes,
+        "flops": work.flops,
+        "compiled_temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def abstract_cost(
+    network: str, batch_size: int, devices: int, fsdp: int, **options: Any
+) -> StepCost:
+    """Of a step on so many devices, with ``batch_size`` images each."""
+    setting = make_setting(network, **options)
+    axes = {"data": devices // fsdp} | ({"fsdp": fsdp} if fsdp > 1 else {})
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+    return step_cost(*setting, make_work(network, batch_size, **options), mesh)
+
+
+def sent_by_kind(volumes: Volumes) -> dict[str, float]:
+    """Bytes that a device sends, by kind of collective and number of devices in it."""
+    return {
+        f"{each.kind} over {each.group}": each.sent(volume)
+        for each, volume in sorted(volumes.items())
+    }
+
+
+def check() -> None:
+    """Adds all cases to the results."""
+    jax.config.update("jax_num_cpu_devices", 64)
+    cases: list[tuple[str, dict[str, Any], partial]] = []
+    for layout in LAYOUTS:
+        fields = dict(zip(("network", "devices", "fsdp", "accumulate"), layout, strict=True))
+        cases.append(("layouts", fields, partial(check_layout, *layout)))
+    for network in MEMORY_BATCH:
+        for remat in ("", *REMAT_POLICIES):
+            fields = {"network": network, "remat": remat}
+            cases.append(("memory", fields, partial(check_memory, network, remat)))
+    for part, fields, measure in cases:
+        results = load()
+        rows = results.setdefault(part, [])
+        if not any(fields.items() <= row.items() for row in rows):
+            rows.append(fields | measure())
+            save_record(RESULTS, results)
+            print(json.dumps(rows[-1]), flush=True)
+
+
+def load() -> dict[str, Any]:
+    """What there is of the results."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def main() -> None:
+    """Runs one part."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("check", "tables"))
+    {"check": check, "tables": tables}[parser.parse_args().part]()
+
+
+def tables() -> None:
+    """Prints every table and adds the predictions to the results."""
+    results = load()
+    print_layouts(results["layouts"])
+    print_memory(results.get("memory", []))
+    results["predictions"] = [*predict_runs(), *predict_weak()]
+    print_predictions(results["predictions"])
+    print_breaks()
+    save_record(RESULTS, results)
+
+
+def print_layouts(rows: list[dict[str, Any]]) -> None:
+    """Predicted and compiled, and the ratio of the compiled to the predicted."""
+    print_row("network", "devices", "fsdp", "micro-batches", "MB sent", "compiled", "GFLOP")
+    print_row(*["---"] * 7)
+    for row in rows:
+        sent, found = (sum(row[name].values()) for name in ("sent_bytes", "compiled_sent_bytes"))
+        print_row(
+            *(row[name] for name in ("network", "devices", "fsdp", "accumulate")),
+            f"{sent / 1e6:.3f}",
+            f"{found / 1e6:.3f}",
+            f"{row['flops'] / 1e9:.2f} (×{row['compiled_flops'] / row['flops']:.3f})",
+        )
+
+
+def print_memory(rows: list[dict[str, Any]]) -> None:
+    """Of each policy, and its ratio to none."""
+    print_row("network", "remat", "activations", "compiled temporaries", "FLOPs")
+    print_row(*["---"] * 5)
+    names = "activation_bytes", "compiled_temporary_bytes", "flops"
+    for row in rows:
+        plain = next(r for r in rows if r["network"] == row["network"] and not r["remat"])
+        ratios = [f"×{row[name] / plain[name]:.2f}" for name in names]
+        print_row(f"{row['network']}, batch {row['batch_size']}", row["remat"] or "none", *ratios)
+
+
+def predict_runs() -> list[dict[str, Any]]:
+    """The paper's batch on more and more devices."""
+    rows = []
+    for network in RUNS:
+        for machine, counts in DEVICES.items():
+            for count in counts:
+                if count <= GLOBAL_BATCH[network]:
+                    rows.append(prediction(network, machine, count, GLOBAL_BATCH[network] // count))
+    return rows
+
+
+def predict_weak() -> list[dict[str, Any]]:
+    """As many images on each device as on eight, so that the batch grows with the devices."""
+    return [
+        prediction(network, machine, count, GLOBAL_BATCH[network] // 8)
+        for network in RUNS
+        for machine in ("TPU v5e", "TPU v6e")
+        for count in (256, 1024)
+    ]
+
+
+def prediction(network: str, machine: str, devices: int, batch_size: int) -> dict[str, Any]:
+    """Of the better of two layouts: the state whole everywhere, or shared by eight."""
+    options = []
+    for fsdp in (1, 8):
+        cost = abstract_cost(network, batch_size, devices, fsdp, dtype="bfloat16")
+        options.append((predict(cost, MACHINES[machine]), fsdp, cost))
+    found, fsdp, cost = min(options, key=lambda option: option[0].seconds)
+    held = cost.state_bytes + cost.work.activation_bytes
+    return {
+        "network": network,
+        "machine": machine,
+        "devices": devices,
+        "images_per_device": batch_size,
+        "fsdp": fsdp,
+        "milliseconds": {name: 1e3 * seconds for name, seconds in found.parts.items()},
+        "steps_per_second": 1 / found.seconds,
+        "images_per_second": devices * batch_size / found.seconds,
+        "bound": found.bound,
+        "memory_share": held / MACHINES[machine].memory,
+    }
+
+
+def print_predictions(rows: list[dict[str, Any]]) -> None:
+    """With the days of each run at the paper's batch."""
+    print_row(
+        "network", "devices", "images each", "fsdp", "step ms: network + update + collectives",
+        "steps/s", "images/s", "run",
+    )  # fmt: skip
+    print_row(*["---"] * 8)
+    for row in rows:
+        parts = " + ".join(f"{ms:.2f}" for ms in row["milliseconds"].values())
+        whole = row["devices"] * row["images_per_device"] == GLOBAL_BATCH[row["network"]]
+        runs = ", ".join(
+            f"{name}{steps / row['steps_per_second'] / 3600:.1f} h"
+            for name, steps in RUNS[row["network"]].items()
+        )
+        print_row(
+            row["network"],
+            f"{row['devices']} {row['machine']}",
+            row["images_per_device"],
+            row["fsdp"],
+            f"{parts} ({row['bound']})",
+            f"{row['steps_per_second']:.1f}",
+            f"{row['images_per_second']:,.0f}",
+            runs if whole else "another batch",
+        )
+
+
+def print_breaks() -> None:
+    """What a checkpoint and a batch weigh."""
+    print_row("network", "checkpoint GB", "to the host s", "written s", "input bytes per image")
+    print_row(*["---"] * 5)
+    for network in RUNS:
+        cost = abstract_cost(network, 1, 8, 1, dtype="bfloat16")
+        size = NETWORKS[network][1]
+        print_row(
+            network,
+            f"{cost.checkpoint_bytes / 1e9:.2f}",
+            f"{cost.checkpoint_bytes / TO_HOST:.2f}",
+            f"{cost.checkpoint_bytes / STORAGE:.1f}",
+            size * size * 3,
+        )
+
+
+def print_row(*cells: Any) -> None:
+    """Of a Markdown table."""
+    print("|", " | ".join(map(str, cells)), "|")
+
+
+if __name__ == "__main__":
+    main()

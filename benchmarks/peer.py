@@ -126,7 +126,10 @@ class Peer:
         torch, sampling = self._torch, self._config.sampling
         batch_size = self._setting.batch_size
         betas = self._setting.model.chain.betas
-        options: dict[str, Any] = {"trained_betas": betas.astype(np.float32)}
+        options: dict[str, Any] = {
+            "trained_betas": betas.astype(np.float32),
+            "num_train_timesteps": len(betas),
+        }
         if sampling.sampler == "ancestral":
             variance = _VARIANCES[self._config.parameterisation.variance]
             options |= {"variance_type": variance, "clip_sample": sampling.clip}

@@ -1,8 +1,9 @@
 """What is measured: the network, data and train step of one of the project's own configs.
 
 Images are random bytes, so no data set is needed, only what the programs themselves import: jax,
-flax, optax, jaxtyping, ml_collections and pillow, orbax for checkpoints, and for the peer torch
-and diffusers. The folder ``src`` must be importable.
+flax, optax, jaxtyping, ml_collections (and its PyYAML) and pillow; orbax for ``checkpoint.py``,
+grain for ``input_pipeline.py``, and for the peer torch and diffusers. The folder ``src`` must be
+importable, as ``pip install --no-deps -e .`` or ``PYTHONPATH=src`` makes it.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python experiments/scaling.py tables
 
 ``check`` compiles train steps for 8 to 64 simulated CPU devices and notes what their collectives,
-arithmetic and memory are beside what the model says; nothing is run. Every case is added to
+arithmetic and memory are, beside what the model says; nothing is run. Every case is added to
 ``experiments/results/scaling.json`` once it is compiled, and passed over if it is there already.
 ``tables`` adds the predictions and prints it all as Markdown.
 """
@@ -98,8 +98,7 @@ MACHINES = {
 DEVICES = {"H100": (8,), "H200": (8,), "TPU v5e": (8, 16, 32, 64, 128), "TPU v6e": (8, 32, 128)}
 # Bytes/s, assumed: from one device to its host, and from one host to its disk or bucket.
 TO_HOST, STORAGE = 15e9, 1e9
-# Of one device, where policies of rematerialisation are compared.
-MEMORY_BATCH = {"CIFAR-10": 8, "256×256": 1}
+POLICIES = ("", *REMAT_POLICIES)
 
 
 class Setting(NamedTuple):
@@ -110,7 +109,9 @@ class Setting(NamedTuple):
 
 
 @cache
-def make_setting(network: str, dtype: str = "float32", remat: str = "", accumulate: int = 1):
+def make_setting(
+    network: str, dtype: str = "float32", remat: str = "", accumulate: int = 1
+) -> Setting:
     """The recipe and the shapes of the state."""
     name, size, fields = NETWORKS[network]
     config: ConfigDict = runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]()
@@ -135,7 +136,7 @@ def make_work(network: str, batch_size: int, **options: Any) -> Work:
     """Of one device with so many images: traced for one and for two, and a line through both."""
     setting = make_setting(network, **options)
     if batch_size <= 2:
-        return gradient_work(*setting, make_batch(network, batch_size))
+        return gradient_work(setting.recipe, setting.state, make_batch(network, batch_size))
     one, two = (make_work(network, count, **options) for count in (1, 2))
     return Work(*(a + (batch_size - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
@@ -178,27 +179,14 @@ def check_layout(network: str, devices: int, fsdp: int, accumulate: int) -> dict
     }
 
 
-def check_memory(network: str, remat: str) -> dict[str, Any]:
-    """Temporaries of one device under a policy, and the activations that the model counts."""
-    batch_size = MEMORY_BATCH[network]
-    program = compile_program(network, batch_size, 1, remat=remat)
-    work = make_work(network, batch_size, remat=remat)
-    return {
-        "batch_size": batch_size,
-        "activation_bytes": work.activation_bytes,
-        "flops": work.flops,
-        "compiled_temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-    }
-
-
 def abstract_cost(
     network: str, batch_size: int, devices: int, fsdp: int, **options: Any
 ) -> StepCost:
     """Of a step on so many devices, with ``batch_size`` images each."""
     setting = make_setting(network, **options)
-    axes = {"data": devices // fsdp} | ({"fsdp": fsdp} if fsdp > 1 else {})
-    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
-    return step_cost(*setting, make_work(network, batch_size, **options), mesh)
+    mesh = AbstractMesh((devices // fsdp, fsdp), ("data", "fsdp"))
+    work = make_work(network, batch_size, **options)
+    return step_cost(setting.recipe, setting.state, work, mesh)
 
 
 def sent_by_kind(volumes: Volumes) -> dict[str, float]:
@@ -212,19 +200,12 @@ def sent_by_kind(volumes: Volumes) -> dict[str, float]:
 def check() -> None:
     """Adds all cases to the results."""
     jax.config.update("jax_num_cpu_devices", 64)
-    cases: list[tuple[str, dict[str, Any], partial]] = []
     for layout in LAYOUTS:
         fields = dict(zip(("network", "devices", "fsdp", "accumulate"), layout, strict=True))
-        cases.append(("layouts", fields, partial(check_layout, *layout)))
-    for network in MEMORY_BATCH:
-        for remat in ("", *REMAT_POLICIES):
-            fields = {"network": network, "remat": remat}
-            cases.append(("memory", fields, partial(check_memory, network, remat)))
-    for part, fields, measure in cases:
         results = load()
-        rows = results.setdefault(part, [])
+        rows = results.setdefault("layouts", [])
         if not any(fields.items() <= row.items() for row in rows):
-            rows.append(fields | measure())
+            rows.append(fields | check_layout(*layout))
             save_record(RESULTS, results)
             print(json.dumps(rows[-1]), flush=True)
 
@@ -245,7 +226,7 @@ def tables() -> None:
     """Prints every table and adds the predictions to the results."""
     results = load()
     print_layouts(results["layouts"])
-    print_memory(results.get("memory", []))
+    print_memory()
     results["predictions"] = [*predict_runs(), *predict_weak()]
     print_predictions(results["predictions"])
     print_breaks()
@@ -266,15 +247,19 @@ def print_layouts(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def print_memory(rows: list[dict[str, Any]]) -> None:
-    """Of each policy, and its ratio to none."""
-    print_row("network", "remat", "activations", "compiled temporaries", "FLOPs")
-    print_row(*["---"] * 5)
-    names = "activation_bytes", "compiled_temporary_bytes", "flops"
-    for row in rows:
-        plain = next(r for r in rows if r["network"] == row["network"] and not r["remat"])
-        ratios = [f"×{row[name] / plain[name]:.2f}" for name in names]
-        print_row(f"{row['network']}, batch {row['batch_size']}", row["remat"] or "none", *ratios)
+def print_memory() -> None:
+    """Of one more image in the batch, under each policy."""
+    print_row("network", *(remat or "none" for remat in POLICIES))
+    print_row(*["---"] * (1 + len(POLICIES)))
+    for network in RUNS:
+        cells = []
+        for remat in POLICIES:
+            one, two = (
+                make_work(network, count, dtype="bfloat16", remat=remat) for count in (1, 2)
+            )
+            kept = (two.activation_bytes - one.activation_bytes) / 1e6
+            cells.append(f"{kept:,.0f} MB, {one.flops / 1e9:,.1f} GFLOP")
+        print_row(network, *cells)
 
 
 def predict_runs() -> list[dict[str, Any]]:

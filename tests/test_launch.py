@@ -5,6 +5,7 @@ import os
 import random
 import sys
 
+import jax
 import pytest
 from jobs import Job, free_port
 
@@ -38,14 +39,13 @@ class TestLaunched:
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 4, 8])
-@pytest.mark.parametrize("bound", [False, True], ids=["all_see_all", "each_sees_its_own"])
 @pytest.mark.parametrize("on_host", [1, 2, 4, 8])
-def test_every_gpu_is_used_by_exactly_one_task_or_it_is_an_error(tasks, bound, on_host):
-    if bound and on_host % tasks:
-        pytest.skip("cannot be bound")
-    share = on_host // tasks
+@pytest.mark.parametrize("bound", [False, True], ids=["all_see_all", "each_sees_its_own"])
+def test_every_gpu_is_used_by_exactly_one_task_or_it_is_an_error(bound, on_host, tasks):
     seen = [list(range(on_host))] * tasks
     if bound:
+        share = max(1, on_host // tasks)
+        on_host = share * tasks
         seen = [list(range(rank * share, rank * share + share)) for rank in range(tasks)]
     # Where devices are constrained each task counts those it sees from 0 on.
     environ = {
@@ -59,6 +59,25 @@ def test_every_gpu_is_used_by_exactly_one_task_or_it_is_an_error(tasks, bound, o
     each = one_gpu_each(environ, tasks)
     used = [gpu for rank in range(tasks) for gpu in ([seen[rank][rank]] if each else seen[rank])]
     assert sorted(used) == list(range(on_host))
+
+
+@pytest.mark.parametrize(("visible", "taken"), [("0,1", "1"), ("1", "all")])
+def test_the_gpu_of_the_local_rank_or_all_that_are_seen(monkeypatch, visible, taken):
+    def initialize(patience):
+        jax.config.update("jax_cuda_visible_devices", "1")  # as JAX does for this local rank
+
+    monkeypatch.setattr(launch, "_initialize", initialize)
+    gpus = {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": visible}
+    for name, value in (slurm("1", 1) | gpus).items():
+        monkeypatch.setenv(name, value)
+    platforms = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "")
+    try:
+        join("auto")
+        assert jax.config.read("jax_cuda_visible_devices") == taken
+    finally:
+        jax.config.update("jax_platforms", platforms)
+        jax.config.update("jax_cuda_visible_devices", "all")
 
 
 def test_a_single_visible_gpu_of_many_is_an_error():
@@ -106,8 +125,6 @@ def test_a_process_on_its_own_joins_nobody(monkeypatch, environ):
 
 def meet(environ, *address, patience=60):
     """In a process of its own: who it is, of how many devices; or why not."""
-    import jax
-
     os.environ.update(environ)
     jax.config.update("jax_platforms", "cpu")
     with ending():

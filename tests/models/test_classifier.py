@@ -132,9 +132,10 @@ def test_bfloat16_is_close_to_float32(tiny, inputs):
         assert np.abs(one - other).max() < 0.05 * np.abs(other).max()
 
 
-def test_rematerialisation_changes_nothing(tiny, inputs):
+@pytest.mark.parametrize("policy", ["elementwise", "blocks"])
+def test_rematerialisation_changes_nothing(tiny, inputs, policy):
     apply, params = tiny
-    remat, same_params = make(remat=True)
+    remat, same_params = make(remat=policy)
     jax.tree.map(np.testing.assert_array_equal, same_params, params)
     for one, other in zip(remat(params, *inputs), apply(params, *inputs), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

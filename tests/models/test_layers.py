@@ -83,6 +83,19 @@ def test_attention_is_its_definition(rng):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_dense_layer_acts_on_each_pixel(rng):
+    x = jnp.asarray(rng.standard_normal((2, 3, 4, 5)), jnp.float32)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers.dense(6, jnp.float32, "dense")(x)
+
+    y, variables = Layer().init_with_output(jax.random.key(0), x)
+    expected = np.einsum("bhwc,cf->bhwf", x, variables["params"]["dense"]["kernel"])
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
 class TestSinusoidalEmbedding:
     @pytest.mark.parametrize("features", [4, 128])
     def test_is_its_definition(self, features):
@@ -100,12 +113,29 @@ class TestSinusoidalEmbedding:
         assert distance.min() > 0.5
 
 
-def test_upsampling_repeats_pixels(rng):
-    x = jnp.asarray(rng.standard_normal((2, 3, 4, 5)), jnp.float32)
-    y, pull_back = jax.vjp(layers.upsample_nearest, x)
-    np.testing.assert_array_equal(y, np.repeat(np.repeat(x, 2, axis=1), 2, axis=2))
-    (gradient,) = pull_back(y)
-    np.testing.assert_allclose(gradient, 4 * x)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 4)])
+def test_upsampling_is_a_convolution_of_each_pixel_repeated(rng, height, width):
+    """With its gradients, though it is computed at the small size; also at the edges."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((2, height, width, 3)))
+        params = {"kernel": rng.standard_normal((3, 3, 3, 5)), "bias": rng.standard_normal(5)}
+        params = jax.tree.map(jnp.asarray, params)
+        cotangent = jnp.asarray(rng.standard_normal((2, 2 * height, 2 * width, 5)))
+
+        def repeated(variables, x):
+            large = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+            return nn.Conv(5, (3, 3)).apply(variables, large)
+
+        def value_and_gradients(function):
+            y, pull_back = jax.vjp(function, {"params": params}, x)
+            return y, pull_back(cotangent)
+
+        ours = value_and_gradients(layers.UpsampleConv(5, jnp.float64).apply)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
+            ours,
+            value_and_gradients(repeated),
+        )
 
 
 @pytest.mark.parametrize(("stride", "pad"), [(1, (1, 1)), (2, (0, 1))])
@@ -144,6 +174,17 @@ class TestDropout:
         np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - self.rate)], rtol=1e-6)
         standard_error = np.sqrt(self.rate / (1 - self.rate) / y.size)
         assert abs(y.mean() - 1) < 5 * standard_error
+
+    @pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
+    def test_drops_the_share_asked_for(self, rate):
+        """To a few parts in 10⁵, though few bits decide: fewer than 16 would show at 0.999."""
+        size = 2**20
+        x = jnp.ones((1, size))
+        dropped = np.mean(
+            layers.Dropout(rate).apply({}, x, jax.random.split(jax.random.key(1), 1)) == 0
+        )
+        standard_error = np.sqrt(rate * (1 - rate) / size)
+        assert abs(dropped - rate) < 5 * standard_error + 2**-16
 
     def test_layers_and_examples_differ(self):
         class Two(nn.Module):

@@ -9,7 +9,7 @@ from jobs import joined
 
 from jax_ddpm.config import default
 from jax_ddpm.devices import fetch, make_mesh
-from jax_ddpm.distributed import from_first
+from jax_ddpm.distributed import from_first, is_first
 from jax_ddpm.training import checkpoint
 from jax_ddpm.training.checkpoint import Checkpoints
 from jax_ddpm.training.state import TrainState
@@ -28,6 +28,8 @@ def large_state(step, num_devices, fsdp):
 
 
 def save_large(workdir, fsdp):
+    if not is_first():
+        checkpoint.steps = checkpoint.shutil = None  # what only the first process may use
     with Checkpoints(workdir, keep_last=2, keep_every=0) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(large_state(step, 4, fsdp), default(), PROGRESS)
@@ -66,6 +68,8 @@ def test_what_so_many_processes_write_others_read(tmp_path, writers, readers):
 
 
 def damage_and_restore(workdir):
+    if not is_first():
+        checkpoint.verify = checkpoint.shutil = None  # what only the first process may use
     from_first((workdir / "checkpoints" / "3" / "params" / "_METADATA").unlink)
     with Checkpoints(workdir, keep_last=2, keep_every=0) as checkpoints:
         restored, _ = checkpoints.restore(large_state(0, 4, 1))

@@ -51,7 +51,8 @@ class ResNet(nn.Module):
         """
         embedding = None
         if time is not None:
-            embedding = nn.swish(time_embedding(time, self.base_channels)).astype(self.dtype)
+            embedding = time_embedding(time, self.base_channels, self.dtype)
+            embedding = nn.swish(embedding).astype(self.dtype)
         res_block, attention = remat(ResBlock, self.remat), remat(AttentionBlock, self.remat)
         h = conv(self.base_channels, self.dtype, "conv_in")(x.astype(self.dtype))
         for level, multiplier in enumerate(self.channel_multipliers):

@@ -1,10 +1,10 @@
 """Convolution as a primitive of its own, for the sake of its derivatives.
 
-XLA's CPU backend knows a convolution only with the axes in their usual order, and puts them in that
-order outside of loops alone. JAX's own rule for a kernel's gradient has them in another, so inside
-``lax.scan`` (several steps per dispatch, accumulation, a guide's gradient) that gradient runs in a
-plain loop, hundreds of times slower (jax issue 12868). The rules here are the same convolutions with
-the axes put in order first; on a GPU and a TPU XLA folds these transpositions away.
+XLA's CPU backend is fast at a convolution only if its axes lie in their usual order, and puts them
+in that order outside of loops alone. JAX's own rule for a kernel's gradient has them in another, so
+inside ``lax.scan`` (several steps per dispatch, accumulation, a guide's gradient) that gradient
+takes hundreds of times as long (jax issue 12868). The rules here are JAX's own, but for a CPU with
+the axes put in order first.
 """
 
 from functools import partial
@@ -49,14 +49,8 @@ def _input_gradient(
         before = kernel.shape[axis - 1] - 1 - padding[axis - 1][0]
         return before, x.aval.shape[axis] + padding[axis - 1][0] - 1 - last
 
-    return lax.conv_general_dilated(
-        cotangent,
-        jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
-        (1, 1),
-        (pad(1), pad(2)),
-        lhs_dilation=(stride,) * 2,
-        dimension_numbers=_ORDER,
-    )
+    flipped, order = jnp.flip(kernel, (0, 1)), ("NHWC", "HWOI", "NHWC")
+    return _slide(cotangent, flipped, order, (pad(1), pad(2)), lhs_dilation=(stride,) * 2)
 
 
 def _kernel_gradient(
@@ -69,15 +63,32 @@ def _kernel_gradient(
         before, last = padding[axis - 1][0], stride * (cotangent.shape[axis] - 1)
         return before, last + kernel.aval.shape[axis - 1] - x.shape[axis] - before
 
-    gradient = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
-        cotangent.transpose(1, 2, 0, 3),
-        (1, 1),
-        (pad(1), pad(2)),
-        rhs_dilation=(stride,) * 2,
-        dimension_numbers=_ORDER,
-    )
-    return gradient.transpose(1, 2, 0, 3)
+    order = ("CHWN", "IHWO", "HWNC")
+    return _slide(x, cotangent, order, (pad(1), pad(2)), rhs_dilation=(stride,) * 2)
+
+
+def _slide(
+    x: Array, window: Array, order: tuple[str, str, str], padding: Padding, **dilation: Any
+) -> Array:
+    """A convolution of axes in any order, which for a CPU are put in the usual one first."""
+
+    def as_they_are(x: Array, window: Array) -> Array:
+        return lax.conv_general_dilated(
+            x, window, (1, 1), padding, dimension_numbers=order, **dilation
+        )
+
+    def in_order(x: Array, window: Array) -> Array:
+        x, window = _reorder(x, order[0], _ORDER[0]), _reorder(window, order[1], _ORDER[1])
+        result = lax.conv_general_dilated(
+            x, window, (1, 1), padding, dimension_numbers=_ORDER, **dilation
+        )
+        return _reorder(result, _ORDER[2], order[2])
+
+    return lax.platform_dependent(x, window, cpu=in_order, default=as_they_are)
+
+
+def _reorder(array: Array, axes: str, wanted: str) -> Array:
+    return array.transpose([axes.index(axis) for axis in wanted])
 
 
 def _batch(arguments: Any, axes: Any, **parameters: Any) -> tuple[Array, int]:

@@ -12,9 +12,11 @@ from typing import Any
 import flax.linen as nn
 from jax import lax
 
+from jax_ddpm.models.convolution import convolve_p
+
 
 def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive in (lax.conv_general_dilated_p, lax.dot_general_p)
+    return primitive in (convolve_p, lax.dot_general_p)
 
 
 REMAT_POLICIES = {"elementwise": _is_product, "blocks": None}

@@ -12,9 +12,10 @@ from jax_ddpm.models.layers import (
     Dtype,
     GroupNorm,
     ResBlock,
+    UpsampleConv,
+    at_least_float32,
     conv,
     time_embedding,
-    upsample_nearest,
 )
 from jax_ddpm.models.remat import remat
 
@@ -33,7 +34,8 @@ class UNet(nn.Module):
       dropout: rate inside residual blocks.
       num_classes: with more than 0, labels are embedded, and a null label for "unconditional".
       self_condition: x comes with an earlier estimate of the clean image in channels of its own.
-      dtype: of computation; parameters, time embedding, statistics and softmax stay float32.
+      dtype: of computation; parameters, time embedding, statistics, softmax and output have at
+        least float32.
       remat: what the backward pass computes again, a policy of ``remat.py``; "": nothing.
     """
 
@@ -57,7 +59,7 @@ class UNet(nn.Module):
         conditioning: dict[str, Array],
         dropout_keys: Any = None,
     ) -> Float[Array, "b h w out"]:
-        """The network's output in float32.
+        """The network's output in at least float32.
 
         ``conditioning`` may hold ``label`` (int ``[b]``) and ``label_drop`` (bool ``[b]``, true
         where the null label takes its place; without ``label`` it does everywhere), and under
@@ -100,13 +102,14 @@ class UNet(nn.Module):
             for i in range(self.num_res_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up{level}_{i}")
             if level != 0:
-                h = conv(h.shape[-1], self.dtype, f"upsample{level}")(upsample_nearest(h))
+                h = UpsampleConv(h.shape[-1], self.dtype, name=f"upsample{level}")(h)
 
         h = nn.swish(GroupNorm(self.num_groups, self.dtype, name="norm_out")(h))
-        return conv(self.out_channels, self.dtype, "conv_out", scale=0.0)(h).astype(jnp.float32)
+        h = conv(self.out_channels, self.dtype, "conv_out", scale=0.0)(h)
+        return h.astype(at_least_float32(self.dtype))
 
     def _embedding(self, time: Array, conditioning: dict[str, Array]) -> Array:
-        h = time_embedding(time, self.base_channels)
+        h = time_embedding(time, self.base_channels, self.dtype)
         if not self.num_classes:
             return h
         null = jnp.full(time.shape, self.num_classes, jnp.int32)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -22,7 +21,6 @@ from jax_ddpm import devices
 from jax_ddpm.keys import StepKeys
 from jax_ddpm.training.state import Metrics, Phase, Recipe, TrainState
 
-_GATHERED = "gathered"
 # Below this many elements to split is not worth a collective of its own.
 _SMALL = 2**12
 
@@ -99,9 +97,7 @@ def mean_gradients(
         return loss.sum(), (jax.tree.map(jnp.sum, metrics), extra)
 
     if layout is not None:
-        # Gathered again for the backward pass, lest every device keep the whole network meanwhile.
-        again = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-        summed_loss = jax.checkpoint(summed_loss, policy=again)
+        summed_loss = jax.checkpoint(summed_loss, policy=_keep_ungathered)
 
     def part_gradients(extra, part):
         examples, index = part
@@ -194,8 +190,13 @@ def _step_keys(seed: Any, step: Array, share: int, axes: tuple[str, ...]) -> Ste
 def _gather(part: Array, spec: PartitionSpec) -> Array:
     if "fsdp" not in spec:
         return part
-    array = jax.lax.all_gather(part, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
-    return checkpoint_name(array, _GATHERED)
+    return jax.lax.all_gather(part, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+
+
+def _keep_ungathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """For the backward pass parameters are gathered (and cast) again, lest every device keep the
+    whole network meanwhile."""
+    return primitive not in (jax.lax.all_gather_p, jax.lax.convert_element_type_p)
 
 
 def _sum_over(axes: tuple[str, ...], gradient: Array, spec: PartitionSpec) -> Array:

@@ -27,6 +27,7 @@ from jax_ddpm.evaluation.record import save_record
 from jax_ddpm.factory import Model
 from jax_ddpm.models.remat import REMAT_POLICIES
 from jax_ddpm.training.cost import (
+    COMPILER_OPTIONS,
     Machine,
     StepCost,
     Volumes,
@@ -58,7 +59,6 @@ LAYOUTS = [
     *[("small", count, fsdp, 1) for count in (8, 16, 32, 64) for fsdp in (1, 8)],
     ("small", 64, 4, 3),
     *[("CIFAR-10", count, fsdp, 1) for count in (8, 64) for fsdp in (1, 8)],
-    ("256×256", 64, 8, 1),
 ]
 GLOBAL_BATCH = {"small": 192, "CIFAR-10": 128, "256×256": 64}
 # Steps of the paper's runs.
@@ -158,7 +158,8 @@ def compile_program(network: str, batch_size: int, devices: int, fsdp: int = 1, 
     seed = jax.eval_shape(lambda: jax.random.key(0))
     program = compile_step(setting.recipe, state, mesh).program.lower(state, {}, batch, seed)
     return program.compile(
-        {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        COMPILER_OPTIONS
+        | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jax_ddpm import factory
+from jax_ddpm import factory, validation
 from jax_ddpm.config import default
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.errors import UserError
@@ -201,6 +201,12 @@ BAD = [
 def test_bad_value_is_one_line_naming_the_field(field, value):
     message = the_error(validate, 4, **{field.replace(".", "__"): value})
     assert f"config.{field} is {value}" in message.replace("'", "")
+
+
+def test_several_processes_go_without_pmap(monkeypatch):
+    monkeypatch.setattr(validation, "several", lambda: True)
+    assert "config.parallel is 'pmap'" in the_error(validate, 4, parallel="pmap")
+    validate(tiny.config(), 4)
 
 
 NOT_TOGETHER = {

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.diffusion import losses, parameterisation, time_sampling
 from jax_ddpm.diffusion.processes import CONTINUOUS, PROCESSES
+from jax_ddpm.distributed import several
 from jax_ddpm.models.remat import REMAT_POLICIES
 from jax_ddpm.requirements import process_of, require, require_choice
 from jax_ddpm.sampling_validation import validate_sampling
@@ -109,6 +110,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "fsdp",
         lambda value: value == 1 or config.parallel == "jit",
         "1 under parallel=pmap, which keeps the state whole on every device",
+    )
+    require(
+        config,
+        "parallel",
+        lambda value: value == "jit" or not several(),
+        "jit for a job of several processes",
     )
     part = config.training.accumulate * num_devices
     require(

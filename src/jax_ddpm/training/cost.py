@@ -27,6 +27,9 @@ _JOINED_BYTES = 30 * 2**20
 _ELEMENTWISE = 2
 
 
+# With these XLA's CPU backend keeps the collectives that others have: by itself it joins what is
+# gathered for the forward and again for the backward pass.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander,optimization-barrier-expander"}
 # How XLA writes a range of devices, reshaped and transposed.
 _RANGE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
@@ -201,15 +204,15 @@ def collective_seconds(collective: Collective, volume: int, machine: Machine) ->
 def gradient_volumes(params: Any, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> Volumes:
     """Bytes through each collective of a train step; scalars for metrics and norms count nothing.
 
-    Arrays split over "fsdp" are gathered once, and for each micro-batch their gradients are summed
-    and scattered; then the parts are summed over the other devices. All other gradients are summed
-    over all devices.
+    Arrays split over "fsdp" are gathered once for all forward passes and for each micro-batch's
+    backward pass, and its gradients summed and scattered; then the parts are summed over the other
+    devices. All other gradients are summed over all devices.
     """
     fsdp = mesh.shape.get("fsdp", 1)
     volumes: Volumes = defaultdict(int)
     for leaf in jax.tree.leaves(params):
         if _is_split(leaf, mesh):
-            volumes[Collective("all-gather", fsdp)] += _bytes(leaf)
+            volumes[Collective("all-gather", fsdp)] += (1 + accumulate) * _bytes(leaf)
             volumes[Collective("reduce-scatter", fsdp)] += accumulate * _bytes(leaf)
             across = Collective("all-reduce", mesh.size // fsdp, stride=fsdp)
             volumes[across] += _bytes(leaf) // fsdp
@@ -219,7 +222,7 @@ def gradient_volumes(params: Any, mesh: Mesh | AbstractMesh, accumulate: int = 1
 
 
 def compiled_volumes(text: str) -> Volumes:
-    """The same, read from a compiled module as XLA's CPU backend prints it.
+    """The same, read from a module compiled with ``COMPILER_OPTIONS`` by XLA's CPU backend.
 
     What lies in a loop counts as often as that runs.
 

@@ -23,6 +23,7 @@ import numpy as np
 from measuring import Program
 from ml_collections import ConfigDict
 
+from jax_ddpm.backend import set_flags
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.devices import make_mesh, place, split
 from jax_ddpm.factory import Model
@@ -209,6 +210,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 def _choose_platform(platform: str | None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too
+    set_flags()
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif platform and jax.default_backend() != platform:

@@ -132,13 +132,13 @@ def make_batch(network: str, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @cache
-def make_work(network: str, batch_size: int, **options: Any) -> Work:
-    """Of one device with so many images: traced for one and for two, and a line through both."""
-    setting = make_setting(network, **options)
-    if batch_size <= 2:
-        return gradient_work(setting.recipe, setting.state, make_batch(network, batch_size))
+def make_work(network: str, rows: int, **options: Any) -> Work:
+    """Of a device with so many images in a micro-batch: a line through one and two of them."""
+    if rows <= 2:
+        setting = make_setting(network, **options)
+        return gradient_work(setting.recipe, setting.state, make_batch(network, rows))
     one, two = (make_work(network, count, **options) for count in (1, 2))
-    return Work(*(a + (batch_size - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+    return Work(*(a + (rows - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
 def compile_program(network: str, batch_size: int, devices: int, fsdp: int = 1, **options: Any):
@@ -186,7 +186,7 @@ def abstract_cost(
     """Of a step on so many devices, with ``batch_size`` images each."""
     setting = make_setting(network, **options)
     mesh = AbstractMesh((devices // fsdp, fsdp), ("data", "fsdp"))
-    work = make_work(network, batch_size, **options)
+    work = make_work(network, batch_size // setting.recipe.accumulate, **options)
     return step_cost(setting.recipe, setting.state, work, mesh)
 
 

@@ -4,9 +4,13 @@ import os
 import pathlib
 
 import jax
+import jaxlib
 import pytest
 
-from jax_ddpm.backend import prepare
+from jax_ddpm.backend import keep_compiled, set_flags
+
+OF_CPU = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+OF_GPU = "--xla_gpu_deterministic_ops=true"
 
 
 @pytest.fixture
@@ -20,31 +24,44 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_compiled_programs_are_kept_in_the_users_cache(cache, tmp_path):
-    prepare(deterministic=False)
+    keep_compiled()
     assert cache().parent == tmp_path / "jax_ddpm"
 
 
 def test_another_cpu_has_another_cache(cache, monkeypatch):
     """Programs compiled for its instructions might not run on this one."""
-    prepare(deterministic=False)
+    keep_compiled()
     here = cache()
     read = pathlib.Path.read_text
     monkeypatch.setattr(pathlib.Path, "read_text", lambda path: read(path).replace("sse2", "sse3"))
-    prepare(deterministic=False)
+    keep_compiled()
     assert cache() != here
 
 
-def test_a_cache_that_is_set_stays(monkeypatch):
+def test_a_cache_that_is_set_stays():
     before = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(before))
-    prepare(deterministic=False)
+    keep_compiled()
     assert jax.config.jax_compilation_cache_dir == before
 
 
 @pytest.mark.parametrize("flags", ["", "--xla_dump_to=somewhere"])
-def test_determinism_joins_the_flags_that_are_set(monkeypatch, flags):
+def test_flags_join_those_that_are_set(monkeypatch, flags):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    prepare(deterministic=False)
-    assert os.environ["XLA_FLAGS"] == flags
-    prepare(deterministic=True)
-    assert os.environ["XLA_FLAGS"].split() == [*flags.split(), "--xla_gpu_deterministic_ops=true"]
+    set_flags()
+    assert os.environ["XLA_FLAGS"].split() == [*flags.split(), OF_CPU]
+    set_flags(deterministic=True)
+    assert os.environ["XLA_FLAGS"].split() == [*flags.split(), OF_CPU, OF_GPU]
+
+
+def test_a_choice_of_the_users_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    set_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type="
+
+
+def test_an_xla_that_may_not_know_the_flag_is_spared_it(monkeypatch):
+    """It would end the process."""
+    monkeypatch.setattr(jaxlib, "__version__", "0.13.0")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    set_flags()
+    assert os.environ["XLA_FLAGS"] == ""

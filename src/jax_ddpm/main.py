@@ -304,11 +304,12 @@ def main(argv: list[str]) -> None:
             return
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
-    from jax_ddpm import distributed
-    from jax_ddpm.backend import prepare
+    from jax_ddpm import backend, distributed
     from jax_ddpm.launch import join
 
-    prepare(deterministic=bool(options.CONFIG.value and options.CONFIG.value.deterministic))
+    config = options.CONFIG.value
+    backend.set_flags(deterministic=config is not None and config.deterministic)
+    backend.keep_compiled()
     with distributed.ending(), _one_line():
         join(
             options.DISTRIBUTED.value,

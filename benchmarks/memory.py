@@ -42,11 +42,11 @@ def measure_ours(arguments: argparse.Namespace, batch_size: int, policy: str) ->
     """The peak in this process, and what XLA planned."""
     arguments.override.append(f"model.remat={policy}")
     setting = Setting(arguments, batch_size)
+    jax.block_until_ready(setting.params)  # of which the train state has its own copy
     before = _resident()
     training = Training(setting)
     without_program = _resident()
     step = training.step.program.lower(*training.arguments()).compile()
-    ctypes.CDLL(None).malloc_trim(0)  # gives back what compiling has freed
     before += _resident() - without_program
     _forget_peak()
     for _ in range(_STEPS):
@@ -74,6 +74,7 @@ def measure_ours(arguments: argparse.Namespace, batch_size: int, policy: str) ->
 def measure_theirs(arguments: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     """The peak of diffusers' train step in this process."""
     setting = Setting(arguments, batch_size)
+    jax.block_until_ready(setting.params)  # of which the train state has its own copy
     before = _resident()
     program = Peer(setting).training(steps=1)
     import torch
@@ -87,7 +88,9 @@ def measure_theirs(arguments: argparse.Namespace, batch_size: int) -> dict[str, 
 
 
 def _resident(peak: bool = False) -> int:
-    """Bytes of this process in memory, now or at most since ``_forget_peak``."""
+    """Bytes of this process in memory: now, without what is freed, or at most since reset."""
+    if not peak:
+        ctypes.CDLL(None).malloc_trim(0)
     field = "VmHWM" if peak else "VmRSS"
     status = pathlib.Path("/proc/self/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --shape=cifar10 --batch_size 16 --peer
 
-Every case is a process of its own. On a GPU the peak is the allocator's. On a CPU it is what the
-process holds while it steps, more than before there was a train state and but for the program
-itself, as Linux says.
-``planned_gigabytes`` is what XLA set aside: arguments, results that are not donated, temporaries.
+Every case is a process of its own. The peak is of what steps hold beyond what was there before the
+train state and beyond the program itself: on a GPU by the allocators' own account, on a CPU by
+Linux's of the whole process, what the libraries set aside for themselves included.
+``planned_gigabytes`` is what XLA means to use: arguments, results not donated, temporaries.
 """
 
 import argparse
@@ -43,11 +43,11 @@ def measure_ours(arguments: argparse.Namespace, batch_size: int, policy: str) ->
     arguments.override.append(f"model.remat={policy}")
     setting = Setting(arguments, batch_size)
     jax.block_until_ready(setting.params)  # of which the train state has its own copy
-    before = _resident()
+    before = _held()
     training = Training(setting)
-    without_program = _resident()
+    without_program = _held()
     step = training.step.program.lower(*training.arguments()).compile()
-    before += _resident() - without_program
+    before += _held() - without_program
     _forget_peak()
     for _ in range(_STEPS):
         training.state, _ = step(*training.arguments())
@@ -60,13 +60,11 @@ def measure_ours(arguments: argparse.Namespace, batch_size: int, policy: str) ->
         - plan.alias_size_in_bytes
         + plan.temp_size_in_bytes
     )
-    statistics = jax.devices()[0].memory_stats()
-    peak = statistics["peak_bytes_in_use"] if statistics else _resident(peak=True) - before
     return {
         "program": "ours",
         "remat": policy or "none",
         **setting.fields,
-        "peak_gigabytes": peak / 1e9,
+        "peak_gigabytes": (_held(peak=True) - before) / 1e9,
         "planned_gigabytes": planned / 1e9,
     }
 
@@ -75,7 +73,7 @@ def measure_theirs(arguments: argparse.Namespace, batch_size: int) -> dict[str, 
     """The peak of diffusers' train step in this process."""
     setting = Setting(arguments, batch_size)
     jax.block_until_ready(setting.params)  # of which the train state has its own copy
-    before = _resident()
+    before = _held()
     program = Peer(setting).training(steps=1)
     import torch
 
@@ -83,14 +81,16 @@ def measure_theirs(arguments: argparse.Namespace, batch_size: int) -> dict[str, 
     _forget_peak()
     time_once(program, _STEPS)
     on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident(peak=True) - before
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _held(peak=True) - before
     return {"program": "theirs", "remat": "none", **setting.fields, "peak_gigabytes": peak / 1e9}
 
 
-def _resident(peak: bool = False) -> int:
-    """Bytes of this process in memory: now, without what is freed, or at most since reset."""
+def _held(peak: bool = False) -> int:
+    """Bytes on the device or, of a CPU, in this process: now, or at most since reset."""
+    if statistics := jax.devices()[0].memory_stats():
+        return statistics["peak_bytes_in_use" if peak else "bytes_in_use"]
     if not peak:
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what has been freed
     field = "VmHWM" if peak else "VmRSS"
     status = pathlib.Path("/proc/self/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)

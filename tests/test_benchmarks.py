@@ -86,12 +86,14 @@ class TestEachPrintsWhatItPromises:
         assert (row["steps"], row["timed_steps"], row["evaluations"]) == (1000, 4, 4)
         assert row["projected_seconds"] == pytest.approx(row["seconds"] * 250)
 
+    @pytest.mark.slow
     def test_startup(self, results):
         rows = results("startup", *TINY)
         assert [row["case"] for row in rows] == ["cold", "warm"]
         parts = {f"{part}_seconds" for part in ("initialise", "trace", "compile", "first_step")}
         assert all(row.keys() >= SETTING | parts | {"seconds"} for row in rows)
 
+    @pytest.mark.slow
     def test_memory(self, results, monkeypatch):
         monkeypatch.setattr("memory.REMAT_POLICIES", {})
         (row,) = results("memory", *TINY)

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.stats import norm
 
 from jax_ddpm.data.source import ArraySource
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.likelihood import variational_bound
 from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, expand, per_example_normal
@@ -73,7 +74,7 @@ def over(monkeypatch):
     """``over(n)`` makes the mesh of n devices."""
 
     def change(num_devices):
-        mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices])
+        mesh = make_mesh(devices=jax.devices()[:num_devices])
         monkeypatch.setattr(split_terms, "make_mesh", lambda: mesh)
 
     return change

@@ -10,6 +10,7 @@ import tiny
 from exact import GaussianDenoiser
 
 from jax_ddpm.data.source import ArraySource
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.ode_likelihood import dequantised_nll
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import split_terms as module
@@ -119,7 +120,7 @@ def test_one_example_has_no_standard_error(trained, source, tmp_path):
 
 
 def test_batches_and_devices_do_not_matter(trained, source, whole, tmp_path, monkeypatch):
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     monkeypatch.setattr(module, "make_mesh", lambda: mesh)
     other = measure_nll(trained, source, "heldout", SIZE, 5, tmp_path)
     np.testing.assert_allclose(other, whole, atol=1e-3)

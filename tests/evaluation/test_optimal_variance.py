@@ -10,6 +10,7 @@ from exact import GaussianDenoiser
 
 from jax_ddpm.companions import load_x0_error, x0_error_path
 from jax_ddpm.data.source import ArraySource
+from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import ALL_NOISE
 from jax_ddpm.errors import UserError
@@ -68,7 +69,7 @@ def over(monkeypatch):
     """``over(n)`` makes the mesh of n devices."""
 
     def change(num_devices):
-        mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices])
+        mesh = make_mesh(devices=jax.devices()[:num_devices])
         monkeypatch.setattr(module, "make_mesh", lambda: mesh)
 
     return change

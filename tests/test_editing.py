@@ -198,7 +198,7 @@ def test_depends_on_seed_image_and_variant_alone(make, model, files, tmp_path, m
     number = 3 if edit == "interpolate" else 2
     expected = edited(model, tmp_path, request_for(files, edit))["images"]
     mesh = make_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr(editing, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(editing.devices, "make_mesh", lambda: mesh)
     request = request_for(files, edit, num_samples=number)
     found = edited(make(), tmp_path, request, batch_size=3)["images"]
     columns = expected.shape[1] if edit in ("interpolate", "encode") else number

@@ -15,7 +15,7 @@ from peer import Peer
 from setting import Setting, make_parser, measure_each
 
 from jax_ddpm.devices import place, whole
-from jax_ddpm.training.cost import flops
+from jax_ddpm.training.arithmetic import flops
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from setting import Setting, make_parser, measure_each
 
 from jax_ddpm.devices import place, whole
 from jax_ddpm.generate import Generator
-from jax_ddpm.training.cost import flops
+from jax_ddpm.training.arithmetic import flops
 
 NUM_STEPS = {"ancestral": 1000, "dpmpp_2m": 15}
 

@@ -16,7 +16,7 @@ from peer import Peer
 from setting import Setting, Training, make_parser, measure_each
 
 from jax_ddpm.factory import Model
-from jax_ddpm.training.cost import flops
+from jax_ddpm.training.arithmetic import flops
 
 
 def main() -> None:

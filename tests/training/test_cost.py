@@ -17,14 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm import factory
 from jax_ddpm.devices import make_mesh
+from jax_ddpm.training.arithmetic import activation_bytes, flops
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,
     Collective,
     Machine,
-    activation_bytes,
     collective_seconds,
     compiled_volumes,
-    flops,
     gradient_work,
     predict,
     step_cost,

@@ -7,17 +7,21 @@ formulas and what they foretell.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 from jax.sharding import AbstractMesh, Mesh
 
 from jax_ddpm.keys import StepKeys
+from jax_ddpm.training.arithmetic import (
+    activation_bytes,
+    array_bytes,
+    product_bytes,
+    product_flops,
+    total_of,
+)
 from jax_ddpm.training.state import Recipe, TrainState
 from jax_ddpm.training.step import fsdp_spec
 
@@ -146,13 +150,13 @@ def gradient_work(recipe: Recipe, state: TrainState, batch: dict[str, Any]) -> W
         gradients = jax.make_jaxpr(jax.grad(loss))(*arguments).jaxpr
         works.append(
             Work(
-                recipe.accumulate * _total(gradients, _product_flops),
-                recipe.accumulate * _total(gradients, _product_bytes),
+                recipe.accumulate * total_of(gradients, product_flops),
+                recipe.accumulate * total_of(gradients, product_bytes),
                 activation_bytes(loss, *arguments),
             )
         )
-    flops, product_bytes, activations = zip(*works, strict=True)
-    return Work(sum(flops), sum(product_bytes), max(activations))
+    flops, traffic, activations = zip(*works, strict=True)
+    return Work(sum(flops), sum(traffic), max(activations))
 
 
 def step_cost(recipe: Recipe, state: TrainState, work: Work, mesh: Mesh | AbstractMesh) -> StepCost:
@@ -170,7 +174,7 @@ def step_cost(recipe: Recipe, state: TrainState, work: Work, mesh: Mesh | Abstra
         # parameters for their norm.
         update_bytes=2 * _held_bytes(held, mesh) + 3 * _held_bytes(state.params, mesh),
         volumes=dict(volumes),
-        checkpoint_bytes=sum(map(_bytes, jax.tree.leaves(held))),
+        checkpoint_bytes=sum(map(array_bytes, jax.tree.leaves(held))),
     )
 
 
@@ -212,12 +216,12 @@ def gradient_volumes(params: Any, mesh: Mesh | AbstractMesh, accumulate: int = 1
     volumes: Volumes = defaultdict(int)
     for leaf in jax.tree.leaves(params):
         if _is_split(leaf, mesh):
-            volumes[Collective("all-gather", fsdp)] += (1 + accumulate) * _bytes(leaf)
-            volumes[Collective("reduce-scatter", fsdp)] += accumulate * _bytes(leaf)
+            volumes[Collective("all-gather", fsdp)] += (1 + accumulate) * array_bytes(leaf)
+            volumes[Collective("reduce-scatter", fsdp)] += accumulate * array_bytes(leaf)
             across = Collective("all-reduce", mesh.size // fsdp, stride=fsdp)
-            volumes[across] += _bytes(leaf) // fsdp
+            volumes[across] += array_bytes(leaf) // fsdp
         else:
-            volumes[Collective("all-reduce", mesh.size)] += _bytes(leaf)
+            volumes[Collective("all-reduce", mesh.size)] += array_bytes(leaf)
     return {each: volume for each, volume in volumes.items() if each.group > 1}
 
 
@@ -306,121 +310,10 @@ def _is_split(leaf: Any, mesh: Mesh | AbstractMesh) -> bool:
     return "fsdp" in fsdp_spec(leaf.shape, mesh)  # type: ignore[arg-type]
 
 
-def _bytes(array: Any) -> int:
-    return array.size * array.dtype.itemsize
-
-
 def _held_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> int:
     """On one device."""
     fsdp = mesh.shape.get("fsdp", 1)
     return sum(
-        _bytes(leaf) // (fsdp if _is_split(leaf, mesh) else 1) for leaf in jax.tree.leaves(tree)
+        array_bytes(leaf) // (fsdp if _is_split(leaf, mesh) else 1)
+        for leaf in jax.tree.leaves(tree)
     )
-
-
-def activation_bytes(function: Callable, params: Any, *arguments: Any) -> int:
-    """What must be kept to differentiate ``function`` by ``params``, beside the arguments.
-
-    As the program says; XLA may keep less, and needs room for gradients of activations as well.
-    """
-
-    def kept(params: Any, *arguments: Any) -> Any:
-        return jax.vjp(lambda params: function(params, *arguments), params)[1]
-
-    jaxpr = jax.make_jaxpr(kept)(params, *arguments).jaxpr
-    new = {var for var in jaxpr.outvars if isinstance(var, Var)} - set(jaxpr.invars)
-    return sum(_bytes(var.aval) for var in new)
-
-
-def flops(function: Callable, *arguments: Any) -> int:
-    """Floating-point operations of all convolutions and matrix products in ``function``.
-
-    A multiply-add is two. Of a convolution those on padding and on the holes of dilation do not
-    count, so that its two gradients cost what it does. All that is element by element counts as
-    nothing, a loop as often as it runs (``while``, which may run any number of times, once), the
-    dearest branch of a choice, and what is mapped over devices on each of them.
-
-    ``arguments`` are arrays or only their shapes and dtypes.
-    """
-    return _total(jax.make_jaxpr(function)(*arguments).jaxpr, _product_flops)
-
-
-def _total(jaxpr: Jaxpr, of: Callable[[JaxprEqn], int]) -> int:
-    """The sum of ``of`` over the operations that run, those of inner programs included."""
-    total = 0
-    for equation in jaxpr.eqns:
-        inner = [_total(each, of) for each in _programs(equation)]
-        chosen = max(inner) if equation.primitive.name == "cond" else sum(inner)
-        total += of(equation) + _runs(equation) * chosen
-    return total
-
-
-def _programs(equation: JaxprEqn) -> list[Jaxpr]:
-    if equation.primitive.name == "convolve":  # our own: see models/convolution.py
-        function = partial(equation.primitive.impl, **equation.params)
-        return [jax.make_jaxpr(function)(*(var.aval for var in equation.invars)).jaxpr]
-    return list(jaxprs_in_params(equation.params))
-
-
-def _runs(equation: JaxprEqn) -> int:
-    if equation.primitive.name == "scan":
-        return equation.params["length"]
-    return equation.params["mesh"].size if equation.primitive.name == "shard_map" else 1
-
-
-def _product_flops(equation: JaxprEqn) -> int:
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        lhs, _, out = _operands(equation)
-        return 2 * out.size * math.prod(lhs.shape[axis] for axis in contracted)
-    if equation.primitive.name == "conv_general_dilated":
-        return _convolution_flops(equation)
-    return 0
-
-
-def _product_bytes(equation: JaxprEqn) -> int:
-    if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
-        return 0
-    return sum(map(_bytes, _operands(equation)))
-
-
-def _operands(equation: JaxprEqn) -> list[Any]:
-    """Shapes and dtypes of what goes in, then of what comes out."""
-    return [var.aval for var in (*equation.invars, *equation.outvars)]
-
-
-def _convolution_flops(equation: JaxprEqn) -> int:
-    params = equation.params
-    lhs, rhs, out = (operand.shape for operand in _operands(equation))
-    lhs_axes, rhs_axes, out_axes = params["dimension_numbers"]
-    batch, features, *out_spatial = out_axes
-    _, inputs, *rhs_spatial = rhs_axes
-    _, _, *lhs_spatial = lhs_axes
-    spatial = zip(
-        (lhs[axis] for axis in lhs_spatial),
-        (rhs[axis] for axis in rhs_spatial),
-        (out[axis] for axis in out_spatial),
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        strict=True,
-    )
-    pairs = math.prod(_pairs(*axis) for axis in spatial)
-    return 2 * out[batch] * out[features] * rhs[inputs] * pairs
-
-
-def _pairs(
-    length: int,
-    taps: int,
-    places: int,
-    stride: int,
-    padding: tuple[int, int],
-    lhs_dilation: int,
-    rhs_dilation: int,
-) -> int:
-    """How many (place of the output, tap of the kernel) meet an element of the input."""
-    place, tap = np.ogrid[:places, :taps]
-    position = place * stride + tap * rhs_dilation - padding[0]
-    within = (position >= 0) & (position <= (length - 1) * lhs_dilation)
-    return int(np.sum(within & (position % lhs_dilation == 0)))

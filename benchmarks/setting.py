@@ -23,7 +23,7 @@ import numpy as np
 from measuring import Program
 from ml_collections import ConfigDict
 
-from jax_ddpm.backend import set_flags
+from jax_ddpm.backend import keep_memory, set_flags
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.devices import make_mesh, place, split
 from jax_ddpm.factory import Model
@@ -211,6 +211,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _choose_platform(platform: str | None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too
     set_flags()
+    keep_memory()
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif platform and jax.default_backend() != platform:

@@ -309,6 +309,7 @@ def main(argv: list[str]) -> None:
 
     config = options.CONFIG.value
     backend.set_flags(deterministic=config is not None and config.deterministic)
+    backend.keep_memory()
     backend.keep_compiled()
     with distributed.ending(), _one_line():
         join(

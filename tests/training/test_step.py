@@ -196,12 +196,14 @@ class TestLearningRate:
 @both_ways
 def test_phases_train_their_names_in_turn_with_their_own_optimiser(points, parallel):
     """The second phase sees the parameters that the first has just updated."""
+
+    def sgd(rate):
+        return optax.with_extra_args_support(optax.sgd(rate))
+
     recipe = Recipe(
         phases=(
-            Phase(Quadratic("a"), ("a",), optax.sgd(0.1), optax.constant_schedule(0.1)),
-            Phase(
-                Quadratic("b", towards="a"), ("b",), optax.sgd(0.5), optax.constant_schedule(0.5)
-            ),
+            Phase(Quadratic("a"), ("a",), sgd(0.1), optax.constant_schedule(0.1)),
+            Phase(Quadratic("b", towards="a"), ("b",), sgd(0.5), optax.constant_schedule(0.5)),
         ),
         averages={"slow_a": Average("a", lambda step: 0.75)},
     )

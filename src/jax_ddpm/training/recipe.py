@@ -14,6 +14,7 @@ from jax_ddpm.diffusion.time_densities import (
 )
 from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS, TimeSampler
 from jax_ddpm.factory import Classifier, Model, NoisyClassifier
+from jax_ddpm.training.adam import clipped_adam
 from jax_ddpm.training.classification import (
     ClassificationObjective,
     NoisyClassificationObjective,
@@ -70,14 +71,9 @@ def make_time_sampler(config: ConfigDict, process: Process) -> TimeSampler:
 def make_recipe(config: ConfigDict, objective: Objective) -> Recipe:
     """One phase, the parameters "network" and their average of the same name."""
     learning_rate = make_learning_rate(config)
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(config.training.grad_clip),
-        optax.adam(
-            learning_rate,
-            b1=config.training.adam_b1,
-            b2=config.training.adam_b2,
-            eps=config.training.adam_eps,
-        ),
+    training = config.training
+    optimiser = clipped_adam(
+        learning_rate, training.adam_b1, training.adam_b2, training.adam_eps, training.grad_clip
     )
 
     def ema_decay(step):

@@ -34,12 +34,13 @@ class Objective(Protocol):
 class Phase(NamedTuple):
     """One objective and the named parameters that its optimiser updates.
 
-    ``learning_rate`` is the optimiser's schedule, step → rate, for the log.
+    The optimiser's update takes ``finite``; where that is false it shall change nothing.
+    ``learning_rate`` is its schedule, step → rate, for the log.
     """
 
     objective: Objective
     trains: tuple[str, ...]
-    optimiser: optax.GradientTransformation
+    optimiser: optax.GradientTransformationExtraArgs
     learning_rate: Callable[[Any], Any]
 
 

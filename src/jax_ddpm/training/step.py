@@ -139,8 +139,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update from a global batch, as ``mean_gradients`` takes it, under the run's seed key.
 
-    Where the loss or a gradient is not finite nothing is updated but the step count, and the
-    metric ``finite`` is below 1.
+    From the first phase on whose loss or gradient is not finite nothing is updated but the step
+    count, and the metric ``finite`` is below 1.
     """
     params, opt_state, extra = dict(state.params), list(state.opt_state), state.extra
     metrics: Metrics = {}
@@ -151,13 +151,15 @@ def train_step(
             gradients, phase_metrics, extra = gradients_of(
                 phase, recipe.accumulate, params, extra, data, batch, seed, state.step
             )
-        with jax.named_scope("optimiser"):
-            trained = {name: params[name] for name in phase.trains}
-            updates, opt_state[i] = phase.optimiser.update(gradients, opt_state[i], trained)
-            params |= optax.apply_updates(trained, updates)
         gradient_norm = optax.tree.norm(gradients)
         loss, _ = phase_metrics["loss"]
         finite &= jnp.isfinite(gradient_norm) & jnp.isfinite(loss)
+        with jax.named_scope("optimiser"):
+            trained = {name: params[name] for name in phase.trains}
+            updates, opt_state[i] = phase.optimiser.update(
+                gradients, opt_state[i], trained, finite=finite
+            )
+            params |= optax.apply_updates(trained, updates)
         phase_metrics |= {
             "gradient_norm": _single(gradient_norm),
             "learning_rate": _single(phase.learning_rate(state.step)),
@@ -168,15 +170,14 @@ def train_step(
     with jax.named_scope("averages"):
         ema = {
             name: _moving_average(
-                state.ema[name], params[average.source], average.decay(state.step)
+                state.ema[name], params[average.source], average.decay(state.step), finite
             )
             for name, average in recipe.averages.items()
         }
-    proposed = state._replace(params=params, ema=ema, opt_state=tuple(opt_state), extra=extra)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
-    metrics["parameter_norm"] = _single(optax.tree.norm(state.params))
+    extra = jax.tree.map(lambda new, old: jnp.where(finite, new, old), extra, state.extra)
+    metrics["parameter_norm"] = _single(optax.tree.norm(params))
     metrics["finite"] = _single(finite.astype(jnp.float32))
-    return state._replace(step=state.step + 1), metrics
+    return TrainState(state.step + 1, params, ema, tuple(opt_state), extra), metrics
 
 
 def _step_keys(seed: Any, step: Array, share: int, axes: tuple[str, ...]) -> StepKeys:
@@ -208,8 +209,10 @@ def _single(value: Any) -> tuple[Array, Array]:
     return jnp.asarray(value, jnp.float32), jnp.ones(())
 
 
-def _moving_average(average: Any, params: Any, decay: Any) -> Any:
-    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+def _moving_average(average: Any, params: Any, decay: Any, finite: Array) -> Any:
+    return jax.tree.map(
+        lambda a, p: jnp.where(finite, a + (1 - decay) * (p - a), a), average, params
+    )
 
 
 def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -263,6 +266,9 @@ def _jit_step(
 ) -> CompiledStep:
     whole, shared = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
+    # XLA's CPU backend copies what one device alone is to sum over.
+    axes = tuple(axis for axis, size in mesh.shape.items() if size > 1)
+
     def gradients_of(phase, accumulate, params, *rest):
         layout = jax.tree.map(lambda leaf: fsdp_spec(leaf.shape, mesh), params)
         mapped = jax.shard_map(
@@ -270,8 +276,8 @@ def _jit_step(
                 mean_gradients,
                 phase,
                 accumulate,
-                axes=mesh.axis_names,
-                layout=layout if "fsdp" in mesh.axis_names else None,
+                axes=axes,
+                layout=layout if "fsdp" in axes else None,
             ),
             mesh=mesh,
             in_specs=(layout, whole, whole, shared, whole, whole),

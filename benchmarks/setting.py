@@ -145,9 +145,10 @@ class Training:
         config, model = setting.config, setting.model
         objective = make_objective(config, model)
         recipe = make_recipe(config, objective)
-        params = setting.params if params is None else params
+        if params is None:
+            params = jax.tree.map(jnp.copy, setting.params)  # the step will be given them
         state = init_state(recipe, {"network": params}, objective.init())
-        self.state: TrainState = spread(jax.tree.map(jnp.copy, state), setting.mesh)
+        self.state: TrainState = spread(state, setting.mesh)
         self.feed = Feed(config, setting.source, setting.mesh, start=0)
         self.step: CompiledStep = compile_step(
             recipe, self.state, setting.mesh, config.parallel, self.feed.data

@@ -159,8 +159,9 @@ class TestDropout:
     def drop(self, x, keys):
         return jax.jit(partial(layers.Dropout(self.rate).apply, {}))(x, keys)
 
-    def test_depends_on_each_examples_key_alone(self, rng):
-        x = jnp.asarray(rng.standard_normal((6, 4, 4, 2)), jnp.float32)
+    @pytest.mark.parametrize("shape", [(4, 4, 2), (3, 5, 1)])
+    def test_depends_on_each_examples_key_alone(self, rng, shape):
+        x = jnp.asarray(rng.standard_normal((6, *shape)), jnp.float32)
         keys = jax.random.split(jax.random.key(0), 6)
         whole = self.drop(x, keys)
         parts = [self.drop(x[i], keys[i]) for i in (slice(0, 3), slice(3, 6))]

@@ -16,10 +16,10 @@ def clipped_adam(
         g ← g·min(1, max_norm/‖g‖),   m ← m + (1-β₁)(g - m),   v ← v + (1-β₂)(g² - v),
         Δθ = -η·m̂/(√v̂ + ε)   with   m̂ = m/(1-β₁ᵗ),   v̂ = v/(1-β₂ᵗ)
 
-    The update takes ``finite``: where it is false the state stays as it is and Δθ is 0. With that
-    choice made here, and clip and bias corrections as numbers that multiply (section 2 there), each
-    array is read and written once. A choice between the results of optax's ``clip_by_global_norm``
-    and ``adam`` and what was before would have XLA copy all that was before at every step.
+    The update takes ‖g‖ as ``norm``, and ``finite``: where that is false the state stays as it is
+    and Δθ is 0. With that choice made here, and with clip and bias corrections as factors (section
+    2 there), each array is read and written once. To choose between what optax's own ``adam`` gives
+    and what was before, XLA would copy all that was before at every step.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -27,12 +27,17 @@ def clipped_adam(
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(
-        gradients: Any, state: optax.ScaleByAdamState, params: Any = None, *, finite: Any
+        gradients: Any,
+        state: optax.ScaleByAdamState,
+        params: Any = None,
+        *,
+        norm: Any,
+        finite: Any,
     ) -> tuple[Any, optax.ScaleByAdamState]:
         def towards(old: Any, weight: float, new: Any) -> Any:
             return jnp.where(finite, old + weight * (new - old), old)
 
-        clip = jnp.minimum(1, max_norm / optax.tree.norm(gradients))
+        clip = jnp.minimum(1, max_norm / norm)
         mu = jax.tree.map(lambda m, g: towards(m, 1 - b1, clip * g), state.mu, gradients)
         nu = jax.tree.map(lambda v, g: towards(v, 1 - b2, (clip * g) ** 2), state.nu, gradients)
         t = state.count + 1

@@ -34,7 +34,8 @@ class Objective(Protocol):
 class Phase(NamedTuple):
     """One objective and the named parameters that its optimiser updates.
 
-    The optimiser's update takes ``finite``; where that is false it shall change nothing.
+    The optimiser's update takes the gradients' global ``norm``, and ``finite``; where that is false
+    it shall change nothing.
     ``learning_rate`` is its schedule, step → rate, for the log.
     """
 

@@ -21,7 +21,7 @@ from jax_ddpm import devices
 from jax_ddpm.keys import StepKeys
 from jax_ddpm.training.state import Metrics, Phase, Recipe, TrainState
 
-# Below this many elements to split is not worth a collective of its own.
+# Below this many elements an array is not worth a program, or a collective, of its own.
 _SMALL = 2**12
 
 
@@ -60,7 +60,8 @@ def train_steps(
     def one(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         return step(state, data, batch, seed)
 
-    return jax.lax.scan(one, state, batches)
+    steps = len(jax.tree.leaves(batches)[0])
+    return jax.lax.scan(one, state, batches, unroll=steps == 1)
 
 
 def mean_gradients(
@@ -151,13 +152,13 @@ def train_step(
             gradients, phase_metrics, extra = gradients_of(
                 phase, recipe.accumulate, params, extra, data, batch, seed, state.step
             )
-        gradient_norm = optax.tree.norm(gradients)
+        gradient_norm = _norm(gradients)
         loss, _ = phase_metrics["loss"]
         finite &= jnp.isfinite(gradient_norm) & jnp.isfinite(loss)
         with jax.named_scope("optimiser"):
             trained = {name: params[name] for name in phase.trains}
             updates, opt_state[i] = phase.optimiser.update(
-                gradients, opt_state[i], trained, finite=finite
+                gradients, opt_state[i], trained, norm=gradient_norm, finite=finite
             )
             params |= optax.apply_updates(trained, updates)
         phase_metrics |= {
@@ -175,7 +176,7 @@ def train_step(
             for name, average in recipe.averages.items()
         }
     extra = jax.tree.map(lambda new, old: jnp.where(finite, new, old), extra, state.extra)
-    metrics["parameter_norm"] = _single(optax.tree.norm(params))
+    metrics["parameter_norm"] = _single(_norm(params))
     metrics["finite"] = _single(finite.astype(jnp.float32))
     return TrainState(state.step + 1, params, ema, tuple(opt_state), extra), metrics
 
@@ -207,6 +208,14 @@ def _sum_over(axes: tuple[str, ...], gradient: Array, spec: PartitionSpec) -> Ar
 
 def _single(value: Any) -> tuple[Array, Array]:
     return jnp.asarray(value, jnp.float32), jnp.ones(())
+
+
+def _norm(tree: Any) -> Array:
+    """The norm of all arrays as one vector, the many small ones joined first."""
+    arrays = [jnp.ravel(array) for array in jax.tree.leaves(tree)]
+    large = [array for array in arrays if array.size >= _SMALL]
+    small = [jnp.zeros(0), *(array for array in arrays if array.size < _SMALL)]
+    return jnp.sqrt(sum(jnp.sum(array**2) for array in [jnp.concatenate(small), *large]))
 
 
 def _moving_average(average: Any, params: Any, decay: Any, finite: Array) -> Any:

@@ -7,6 +7,7 @@ take ``scale`` ≈ 0, so every block starts as the identity.
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -102,22 +103,30 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        batch, channels = x.shape[0], x.shape[-1]
+        channels = x.shape[-1]
         scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
         bias = self.param("bias", self.bias_init, (channels,), jnp.float32)
+        return _group_norm(x, scale, bias, self.num_groups, self.epsilon, self.dtype)
 
-        def group_mean(per_channel: Array) -> Array:
-            groups = per_channel.reshape(batch, self.num_groups, -1)
-            mean = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
-            return mean.reshape(batch, channels)
 
-        wide = x.astype(at_least_float32(x.dtype))
-        mean = group_mean(wide.mean(axis=(1, 2)))
-        square = group_mean(jnp.square(wide).mean(axis=(1, 2)))
-        variance = jnp.maximum(square - jnp.square(mean), 0)
-        gain = scale[None] * jax.lax.rsqrt(variance + self.epsilon)
-        offset = bias[None] - mean * gain
-        return (wide * gain[:, None, None] + offset[:, None, None]).astype(self.dtype)
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _group_norm(
+    x: Array, scale: Array, bias: Array, num_groups: int, epsilon: float, dtype: Dtype
+) -> Array:
+    batch, channels = x.shape[0], x.shape[-1]
+
+    def group_mean(per_channel: Array) -> Array:
+        groups = per_channel.reshape(batch, num_groups, -1)
+        mean = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
+        return mean.reshape(batch, channels)
+
+    wide = x.astype(at_least_float32(x.dtype))
+    mean = group_mean(wide.mean(axis=(1, 2)))
+    square = group_mean(jnp.square(wide).mean(axis=(1, 2)))
+    variance = jnp.maximum(square - jnp.square(mean), 0)
+    gain = scale[None] * jax.lax.rsqrt(variance + epsilon)
+    offset = bias[None] - mean * gain
+    return (wide * gain[:, None, None] + offset[:, None, None]).astype(dtype)
 
 
 class Dropout(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 
 def clipped_adam(
@@ -34,16 +35,23 @@ def clipped_adam(
         norm: Any,
         finite: Any,
     ) -> tuple[Any, optax.ScaleByAdamState]:
-        def towards(old: Any, weight: float, new: Any) -> Any:
-            return jnp.where(finite, old + weight * (new - old), old)
-
-        clip = jnp.minimum(1, max_norm / norm)
-        mu = jax.tree.map(lambda m, g: towards(m, 1 - b1, clip * g), state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: towards(v, 1 - b2, (clip * g) ** 2), state.nu, gradients)
         t = state.count + 1
         root = jnp.sqrt(1 - b2**t)
         rate = jnp.where(finite, learning_rate(state.count) * root / (1 - b1**t), 0)
-        updates = jax.tree.map(lambda m, v: -rate * m / (jnp.sqrt(v) + eps * root), mu, nu)
+        clip = jnp.minimum(1, max_norm / norm)
+
+        @jax.jit  # traced but once for all arrays of a shape
+        def one(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
+            g = clip * g
+            m = jnp.where(finite, m + (1 - b1) * (g - m), m)
+            v = jnp.where(finite, v + (1 - b2) * (g**2 - v), v)
+            return -rate * m / (jnp.sqrt(v) + eps * root), m, v
+
+        updates, mu, nu = jax.tree.transpose(
+            jax.tree.structure(gradients),
+            jax.tree.structure((0, 0, 0)),
+            jax.tree.map(one, gradients, state.mu, state.nu),
+        )
         return updates, optax.ScaleByAdamState(jnp.where(finite, t, state.count), mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)

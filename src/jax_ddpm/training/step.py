@@ -219,9 +219,11 @@ def _norm(tree: Any) -> Array:
 
 
 def _moving_average(average: Any, params: Any, decay: Any, finite: Array) -> Any:
-    return jax.tree.map(
-        lambda a, p: jnp.where(finite, a + (1 - decay) * (p - a), a), average, params
-    )
+    @jax.jit  # traced but once for all arrays of a shape
+    def one(a: Array, p: Array) -> Array:
+        return jnp.where(finite, a + (1 - decay) * (p - a), a)
+
+    return jax.tree.map(one, average, params)
 
 
 def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -109,7 +109,9 @@ class LossHistory(NamedTuple):
 class LossSecondMoment(Uniform):
     """p(t) ∝ √E[L_t²] over the last losses at each t (Nichol & Dhariwal 2021, eq. 18).
 
-    Uniform until every t has ``length`` losses; then mixed with ``uniform_share`` of uniform.
+    Uniform until every t has ``length`` losses; then mixed with ``uniform_share`` of uniform. Of
+    several losses of one step at one t, those of earlier micro-batches count as older, so that
+    gradient accumulation makes a slightly different run.
     """
 
     length: int = 10

@@ -212,10 +212,11 @@ def _single(value: Any) -> tuple[Array, Array]:
 
 def _norm(tree: Any) -> Array:
     """The norm of all arrays as one vector, the many small ones joined first."""
-    arrays = [jnp.ravel(array) for array in jax.tree.leaves(tree)]
+    arrays = jax.tree.leaves(tree)
     large = [array for array in arrays if array.size >= _SMALL]
-    small = [jnp.zeros(0), *(array for array in arrays if array.size < _SMALL)]
-    return jnp.sqrt(sum(jnp.sum(array**2) for array in [jnp.concatenate(small), *large]))
+    small = [jnp.ravel(array) for array in arrays if array.size < _SMALL]
+    joined = jnp.concatenate([jnp.zeros(0), *small])
+    return jnp.sqrt(sum(jnp.sum(array**2) for array in [joined, *large]))
 
 
 def _moving_average(average: Any, params: Any, decay: Any, finite: Array) -> Any:

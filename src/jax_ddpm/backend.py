@@ -38,8 +38,8 @@ def keep_memory() -> None:
 
     XLA's CPU backend asks for all temporaries of a program at every call, and frees them after it.
     By default glibc takes so much from the system each time, which maps and clears it page by page
-    as it is touched: a seventh of a train step. glibc can keep it only in the heap of the main
-    thread, so a CPU's programs run in the thread that calls them.
+    as it is touched: a seventh of CIFAR-10's train step (batch 16, 2 cores). glibc can keep it only
+    in the heap of the main thread, so a CPU's programs run in the thread that calls them.
     """
     import jax
 

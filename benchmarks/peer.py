@@ -1,6 +1,6 @@
 """The peer: diffusers' UNet2DModel of the same architecture, and with the same weights.
 
-On a CPU it runs as it is, with the memory that ``backend.keep_memory`` keeps for both sides and that
+On a CPU it runs as it is, with the memory that ``backend.keep_memory`` keeps for both sides and
 its own users lack; on a GPU channels-last, compiled by ``torch.compile``. bfloat16 is autocast;
 float32 products may use TF32, as XLA's do.
 """

@@ -26,7 +26,7 @@ CHECKS = ("devices", "settings", "write access", "data", "parameters", "checkpoi
 
 # The tiny network on the digits: a gain, a bias, ten classes and the null label.
 PARAMETERS = 1 + 1 + 11
-# The parameters, their averages, Adam's two moments; the steps of the run, of Adam and of its rate.
+# The parameters, their averages, Adam's two moments; the steps of the run and of Adam.
 STATE_BYTES = 4 * (4 * PARAMETERS + 2)
 IMAGE_BYTES = 8 * 8
 

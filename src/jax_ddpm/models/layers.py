@@ -109,10 +109,15 @@ class GroupNorm(nn.Module):
         return _group_norm(x, scale, bias, self.num_groups, self.epsilon, self.dtype)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
+@partial(jax.jit, static_argnums=(3, 4, 5))  # traced but once for all layers of a shape
 def _group_norm(
-    x: Array, scale: Array, bias: Array, num_groups: int, epsilon: float, dtype: Dtype
-) -> Array:
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    num_groups: int,
+    epsilon: float,
+    dtype: Dtype,
+) -> Float[Array, "b h w c"]:
     batch, channels = x.shape[0], x.shape[-1]
 
     def group_mean(per_channel: Array) -> Array:

@@ -61,6 +61,7 @@ def train_steps(
         return step(state, data, batch, seed)
 
     steps = len(jax.tree.leaves(batches)[0])
+    # A single step compiles sooner outside of a loop.
     return jax.lax.scan(one, state, batches, unroll=steps == 1)
 
 

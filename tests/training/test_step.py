@@ -11,6 +11,7 @@ import tiny
 
 from jax_ddpm.devices import make_mesh, split, whole
 from jax_ddpm.keys import Stream
+from jax_ddpm.training.adam import clipped_adam
 from jax_ddpm.training.recipe import make_learning_rate, make_recipe
 from jax_ddpm.training.state import Average, Phase, Recipe, init_state
 from jax_ddpm.training.step import compile_step, spread
@@ -262,6 +263,27 @@ def test_an_update_that_is_not_finite_is_not_applied(
     jax.tree.map(np.testing.assert_array_equal, states[1]._replace(step=states[0].step), states[0])
     assert np.all(states[2].params["network"]["w"] != states[1].params["network"]["w"])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(states[2]))
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_from_the_first_phase_that_is_not_finite_on_nothing_is_updated(points, bad):
+    class Spoilt(Quadratic):
+        def __call__(self, *args):
+            loss, metrics, extra = super().__call__(*args)
+            return loss * (jnp.nan if self.name == "ab"[bad] else 1), metrics, extra
+
+    rate = optax.constant_schedule(0.1)
+    adam = clipped_adam(rate, 0.9, 0.999, 1e-8, 1.0)
+    recipe = Recipe(
+        phases=tuple(Phase(Spoilt(name), (name,), adam, rate) for name in "ab"),
+        averages={name: Average(name, lambda step: 0.5) for name in "ab"},
+    )
+    params = {name: {"w": np.full(3, 2.0, "f")} for name in "ab"}
+    state, (log,) = train(recipe, make_mesh(), params, (), [{"x": points[0]}])
+    moved = {name: np.any(state.params[name]["w"] != params[name]["w"]) for name in "ab"}
+    assert moved == {"a": bad == 1, "b": False}
+    all_close(state.ema, params)
+    assert log["finite"][0] == 0
 
 
 @both_ways

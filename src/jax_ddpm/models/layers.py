@@ -197,8 +197,12 @@ class AttentionBlock(nn.Module):
         value = dense(channels, self.dtype, "value")(h)
         wide = at_least_float32(self.dtype)
         logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=wide)
-        weights = jax.nn.softmax(logits / math.sqrt(channels), axis=-1).astype(self.dtype)
-        h = jnp.einsum("bqk,bkc->bqc", weights, value)
+        logits /= math.sqrt(channels)
+        largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+        weights = jnp.exp(logits - largest)
+        h = jnp.einsum("bqk,bkc->bqc", weights.astype(self.dtype), value)
+        # The softmax's sum divides here, which spares a pass over all pairs of pixels.
+        h = (h / weights.sum(axis=-1, keepdims=True)).astype(self.dtype)
         h = dense(channels, self.dtype, "out", scale=0.0)(h)
         return x + h.reshape(x.shape)
 

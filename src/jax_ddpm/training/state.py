@@ -72,12 +72,15 @@ class TrainState(NamedTuple):
 
 
 def init_state(recipe: Recipe, params: dict[str, Any], extra: Any) -> TrainState:
-    """The state before step 0: averages start from copies of the parameters."""
+    """The state before step 0: averages start from copies of the parameters.
+
+    Nothing is compiled for it, which takes longer than the copies do.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema={
-            name: jax.tree.map(jnp.copy, params[average.source])
+            name: jax.device_put(params[average.source], may_alias=False)
             for name, average in recipe.averages.items()
         },
         opt_state=tuple(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from jax_ddpm.models import layers
 
@@ -63,24 +64,39 @@ class TestGroupNorm:
         np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8, atol=2e-3)
 
 
-def test_attention_is_its_definition(rng):
+@pytest.mark.parametrize("sharpness", [1, 100], ids=["broad", "sharp"])
+def test_attention_is_its_definition(rng, sharpness):
+    """Also where exp(logits) is beyond float32."""
     batch, height, width, channels = shape = (2, 3, 5, 8)
     x = rng.standard_normal(shape).astype(np.float32)
     module = layers.AttentionBlock(num_groups=4, dtype=jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.asarray(x))["params"]
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype("f"), shapes)
+    params["query"] = jax.tree.map(lambda leaf: sharpness * leaf, params["query"])
 
     def dense(name, h):
         return h @ params[name]["kernel"].astype(np.float64) + params[name]["bias"]
 
     h = group_norm(x, 4, **params["norm"]).reshape(batch, height * width, channels)
     query, key, value = (dense(name, h) for name in ("query", "key", "value"))
-    weights = np.exp(np.einsum("bqc,bkc->bqk", query, key) / np.sqrt(channels))
+    logits = np.einsum("bqc,bkc->bqk", query, key) / np.sqrt(channels)
+    assert (logits.max() > np.log(np.finfo(np.float32).max)) == (sharpness > 1)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     expected = x + dense("out", np.einsum("bqk,bkc->bqc", weights, value)).reshape(shape)
 
     y = module.apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x))
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_attention_has_the_derivatives_of_its_values(rng):
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((2, 3, 5, 8)))
+        module = layers.AttentionBlock(num_groups=4, dtype=jnp.float64)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+        params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), shapes)
+        apply = jax.jit(partial(module.apply, {"params": params}))
+        check_grads(apply, (x,), order=1, modes=("fwd", "rev"))
 
 
 def test_a_dense_layer_acts_on_each_pixel(rng):

@@ -169,6 +169,15 @@ def test_once_closed_no_thread_stays_and_nothing_more_is_read(source):
     assert len(source.examples) == 3
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal: started in the background, a process ignores it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_wait_for_a_batch(source):
     source.go_on.clear()
     main = threading.main_thread().ident

@@ -86,7 +86,7 @@ def test_attention_is_its_definition(rng, sharpness):
     expected = x + dense("out", np.einsum("bqk,bkc->bqc", weights, value)).reshape(shape)
 
     y = module.apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x))
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_has_the_derivatives_of_its_values(rng):

@@ -36,21 +36,27 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // mesh.size) * mesh.size
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays that every process holds whole, or that lie on the devices already, laid out so."""
-    if sharding.is_fully_addressable:
+def place(tree: Any, sharding: Any) -> Any:
+    """Arrays that every process holds whole, or that lie on the devices already, laid out so.
+
+    ``sharding`` is one for all, or a tree of them (or of its upper part).
+    """
+    if all(part.is_fully_addressable for part in jax.tree.leaves(sharding)):
         return jax.device_put(tree, sharding)
 
-    def lay_out(leaf: Any) -> jax.Array:
+    def lay_out(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return leaf if leaf.sharding == sharding else _relay(leaf, sharding)
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = lay_out(jax.random.key_data(leaf))
+            data = lay_out(jax.random.key_data(leaf), sharding)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         array = np.asarray(leaf)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(lay_out, tree)
+    def lay_out_all(sharding: NamedSharding, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: lay_out(leaf, sharding), tree)
+
+    return jax.tree.map(lay_out_all, sharding, tree)
 
 
 def fetch(tree: Any) -> Any:
@@ -75,7 +81,7 @@ def compile_over(
 ) -> Callable:
     """``function`` compiled for arguments laid out so, which are placed so at each call."""
     compiled = jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings)
-    return lambda *arguments: compiled(*map(place, arguments, in_shardings))
+    return lambda *arguments: compiled(*place(arguments, in_shardings))
 
 
 def own_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " rows"]:

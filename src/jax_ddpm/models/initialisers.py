@@ -44,7 +44,10 @@ def fan_average_uniform(scale: float = 1.0) -> HostInitialiser:
     def draw(rng: np.random.Generator, shape: Shape) -> np.ndarray:
         fan_average = np.prod(shape[:-2]) * (shape[-2] + shape[-1]) / 2
         limit = np.float32(np.sqrt(3 * max(scale, 1e-10) / fan_average))
-        return limit * (2 * rng.random(shape, np.float32) - 1)
+        values = rng.random(shape, np.float32)
+        values -= np.float32(0.5)
+        values *= 2 * limit
+        return values
 
     return HostInitialiser(draw)
 

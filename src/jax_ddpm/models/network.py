@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jax_ddpm.models.initialisers import HostInitialiser, generator
 
@@ -54,6 +53,6 @@ def _draw_parameters(module: nn.Module, key: Any, *inputs: Any) -> Any:
         *layer, name = (entry.key for entry in path)
         initialiser: HostInitialiser = getattr(layers[tuple(layer)], f"{name}_init")
         rng = generator(key_data, zlib.crc32("/".join((*layer, name)).encode()))
-        return jnp.asarray(initialiser.draw(rng, leaf.shape))
+        return initialiser.draw(rng, leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))

@@ -25,10 +25,10 @@ def clipped_adam(
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        def zeros(like: Array) -> Array:
-            return jnp.asarray(np.zeros(like.shape, like.dtype))  # compiles nothing
+        def zeros(like: Array) -> np.ndarray:
+            return np.zeros(like.shape, like.dtype)  # JAX's would be compiled
 
-        mu, nu = (jax.tree.map(zeros, params) for _ in range(2))
+        mu, nu = jax.device_put([jax.tree.map(zeros, params) for _ in range(2)])
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(

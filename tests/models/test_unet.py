@@ -1,6 +1,7 @@
 """The U-Net of the paper: its size, its start, and what its output may depend on."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -220,12 +221,12 @@ def test_rematerialisation_recomputes_the_same_gradients(inputs, policy, product
         def loss(params, inputs):
             return jnp.mean(apply(params, **inputs) ** 2)
 
-        lowered = jax.jit(jax.grad(loss)).lower(trained(params), inputs)
-        text = lowered.as_text()
-        products = text.count("stablehlo.convolution") + text.count("stablehlo.dot_general")
-        return products, len(text), lowered.compile()(trained(params), inputs)
+        compiled = jax.jit(jax.grad(loss)).lower(trained(params), inputs).compile()
+        products = len(re.findall(r" (convolution|dot)\(", compiled.as_text()))
+        return products, compiled.cost_analysis()["flops"], compiled(trained(params), inputs)
 
-    (products, size, plain), (remat_products, remat_size, remat) = gradients(""), gradients(policy)
-    assert remat_size > size
+    (products, work, plain), (remat_products, remat_work, remat) = gradients(""), gradients(policy)
+    assert products > 0
+    assert remat_work > work
     assert (remat_products > products) == products_again
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), remat, plain)

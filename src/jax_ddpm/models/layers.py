@@ -2,11 +2,13 @@
 
 Kernels are drawn uniformly with variance ``scale``/fan-average; layers that end a residual branch
 take ``scale`` ≈ 0, so every block starts as the identity.
+
+What a layer computes is a jitted function: JAX traces and differentiates it once for all layers of
+a shape, of which a U-Net has several each.
 """
 
 import math
 import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,8 +41,13 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
-        return y + bias.astype(self.dtype)[None, None, None]
+        return _conv(x, kernel, bias, self.stride, self.dtype)
+
+
+@partial(jax.jit, static_argnames=("stride", "dtype"))
+def _conv(x: Array, kernel: Array, bias: Array, stride: int, dtype: Dtype) -> Array:
+    y = convolve(x.astype(dtype), kernel.astype(dtype), stride)
+    return y + bias.astype(dtype)[None, None, None]
 
 
 def conv(features: int, dtype: Dtype, name: str, *, stride: int = 1, scale: float = 1.0) -> Conv:
@@ -48,21 +55,33 @@ def conv(features: int, dtype: Dtype, name: str, *, stride: int = 1, scale: floa
     return Conv(features, dtype, stride, fan_average_uniform(scale), name=name)
 
 
-def dense(
-    features: int, dtype: Dtype, name: str, *, scale: float = 1.0
-) -> Callable[[Array], Array]:
-    """A dense layer over channels: a 1×1 convolution where there are pixels.
+class Dense(nn.Module):
+    """A dense layer over channels: a 1×1 convolution where there are pixels."""
 
-    All pixels are the rows of one matrix, so that its kernel's gradient is one product of matrices,
-    for which XLA copies no transpose.
-    """
-    kernel_init = fan_average_uniform(scale)
-    layer = nn.Dense(features, dtype=dtype, kernel_init=kernel_init, bias_init=zeros, name=name)
+    features: int
+    dtype: Dtype
+    kernel_init: nn.initializers.Initializer = fan_average_uniform()
+    bias_init: nn.initializers.Initializer = zeros
 
-    def apply(x: Float[Array, "*shape c"]) -> Float[Array, "*shape f"]:
-        return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape c"]) -> Float[Array, "*shape f"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        return _dense(x, kernel, bias, self.dtype)
 
-    return apply
+
+@partial(jax.jit, static_argnames="dtype")
+def _dense(x: Array, kernel: Array, bias: Array, dtype: Dtype) -> Array:
+    # All pixels are the rows of one matrix, so that the kernel's gradient is one product of
+    # matrices, for which XLA copies no transpose.
+    rows = x.astype(dtype).reshape(-1, x.shape[-1])
+    y = rows @ kernel.astype(dtype) + bias.astype(dtype)[None]
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def dense(features: int, dtype: Dtype, name: str, *, scale: float = 1.0) -> Dense:
+    """A dense layer over channels: a 1×1 convolution where there are pixels."""
+    return Dense(features, dtype, fan_average_uniform(scale), name=name)
 
 
 def sinusoidal_embedding(
@@ -109,7 +128,7 @@ class GroupNorm(nn.Module):
         return _group_norm(x, scale, bias, self.num_groups, self.epsilon, self.dtype)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))  # traced but once for all layers of a shape
+@partial(jax.jit, static_argnames=("num_groups", "epsilon", "dtype"))
 def _group_norm(
     x: Float[Array, "b h w c"],
     scale: Float[Array, " c"],
@@ -118,20 +137,32 @@ def _group_norm(
     epsilon: float,
     dtype: Dtype,
 ) -> Float[Array, "b h w c"]:
-    batch, channels = x.shape[0], x.shape[-1]
+    wide = x.astype(at_least_float32(x.dtype))
+    mean, square = wide.mean(axis=(1, 2)), jnp.square(wide).mean(axis=(1, 2))
+    gain, offset = _normaliser(mean, square, scale, bias, num_groups, epsilon)
+    return (wide * gain[:, None, None] + offset[:, None, None]).astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("num_groups", "epsilon"))
+def _normaliser(
+    mean: Float[Array, "b c"],
+    square: Float[Array, "b c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    num_groups: int,
+    epsilon: float,
+) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """What to multiply each channel by, and to add, from its moments over the pixels."""
 
     def group_mean(per_channel: Array) -> Array:
-        groups = per_channel.reshape(batch, num_groups, -1)
-        mean = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
-        return mean.reshape(batch, channels)
+        groups = per_channel.reshape(len(per_channel), num_groups, -1)
+        means = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
+        return means.reshape(per_channel.shape)
 
-    wide = x.astype(at_least_float32(x.dtype))
-    mean = group_mean(wide.mean(axis=(1, 2)))
-    square = group_mean(jnp.square(wide).mean(axis=(1, 2)))
+    mean, square = group_mean(mean), group_mean(square)
     variance = jnp.maximum(square - jnp.square(mean), 0)
     gain = scale[None] * jax.lax.rsqrt(variance + epsilon)
-    offset = bias[None] - mean * gain
-    return (wide * gain[:, None, None] + offset[:, None, None]).astype(dtype)
+    return gain, bias[None] - mean * gain
 
 
 class Dropout(nn.Module):
@@ -148,13 +179,18 @@ class Dropout(nn.Module):
             return x
         layer = zlib.crc32("/".join(self.path).encode())  # Linen's make_rng takes one key only
 
-        def keep(key: Any) -> Array:
-            # 16 random bits decide as well as 32, and JAX draws no fewer than 32 at a time.
-            words = jax.random.bits(jax.random.fold_in(key, layer), ((x[0].size + 1) // 2,))
-            bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
-            return bits[: x[0].size].reshape(x.shape[1:]) >= round(2**16 * self.rate)
+        return _dropout(x, keys, jnp.uint32(layer), self.rate)
 
-        return jnp.where(jax.vmap(keep)(keys), x / (1 - self.rate), jnp.zeros_like(x))
+
+@partial(jax.jit, static_argnames="rate")
+def _dropout(x: Array, keys: Any, layer: Array, rate: float) -> Array:
+    def keep(key: Any) -> Array:
+        # 16 random bits decide as well as 32, and JAX draws no fewer than 32 at a time.
+        words = jax.random.bits(jax.random.fold_in(key, layer), ((x[0].size + 1) // 2,))
+        bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
+        return bits[: x[0].size].reshape(x.shape[1:]) >= round(2**16 * rate)
+
+    return jnp.where(jax.vmap(keep)(keys), x / (1 - rate), jnp.zeros_like(x))
 
 
 class ResBlock(nn.Module):
@@ -195,16 +231,26 @@ class AttentionBlock(nn.Module):
         query = dense(channels, self.dtype, "query")(h)
         key = dense(channels, self.dtype, "key")(h)
         value = dense(channels, self.dtype, "value")(h)
-        wide = at_least_float32(self.dtype)
-        logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=wide)
-        logits /= math.sqrt(channels)
-        largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-        weights = jnp.exp(logits - largest)
-        h = jnp.einsum("bqk,bkc->bqc", weights.astype(self.dtype), value)
-        # The softmax's sum divides here, which spares a pass over all pairs of pixels.
-        h = (h / weights.sum(axis=-1, keepdims=True)).astype(self.dtype)
+        h = _attend(query, key, value, self.dtype)
         h = dense(channels, self.dtype, "out", scale=0.0)(h)
         return x + h.reshape(x.shape)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _attend(
+    query: Float[Array, "b q c"],
+    key: Float[Array, "b k c"],
+    value: Float[Array, "b k c"],
+    dtype: Dtype,
+) -> Float[Array, "b q c"]:
+    wide = at_least_float32(dtype)
+    logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=wide)
+    logits /= math.sqrt(query.shape[-1])
+    largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - largest)
+    h = jnp.einsum("bqk,bkc->bqc", weights.astype(dtype), value)
+    # The softmax's sum divides here, which spares a pass over all pairs of pixels.
+    return (h / weights.sum(axis=-1, keepdims=True)).astype(dtype)
 
 
 class UpsampleConv(nn.Module):

@@ -90,20 +90,20 @@ def mean_gradients(
     keys = _step_keys(seed, step, len(jax.tree.leaves(examples)[0]), axes)
     trained = {name: params[name] for name in phase.trains}
 
-    def summed_loss(trained, extra, part, part_keys):
+    def share_of_mean(trained, extra, part, part_keys):
         everything = params | trained
         if layout is not None:
             everything = jax.tree.map(_gather, everything, layout)
         loss, metrics, extra = phase.objective(everything, extra, part, part_keys, step)
         metrics = {"loss": (loss, jnp.ones_like(loss))} | metrics
-        return loss.sum(), (jax.tree.map(jnp.sum, metrics), extra)
+        return loss.sum() / keys.batch_size, (jax.tree.map(jnp.sum, metrics), extra)
 
     if layout is not None:
-        summed_loss = jax.checkpoint(summed_loss, policy=_keep_ungathered)
+        share_of_mean = jax.checkpoint(share_of_mean, policy=_keep_ungathered)
 
     def part_gradients(extra, part):
         examples, index = part
-        gradients, (metrics, extra) = jax.grad(summed_loss, has_aux=True)(
+        gradients, (metrics, extra) = jax.grad(share_of_mean, has_aux=True)(
             trained, extra, examples, keys.take(index)
         )
         return extra, (gradients, metrics)
@@ -128,7 +128,7 @@ def mean_gradients(
         whole = jax.tree.map(lambda _: PartitionSpec(), trained)
         trained_layout = whole if layout is None else {name: layout[name] for name in trained}
         gradients = jax.tree.map(partial(_sum_over, axes), gradients, trained_layout)
-    return jax.tree.map(lambda g: g / keys.batch_size, gradients), metrics, extra
+    return gradients, metrics, extra
 
 
 def train_step(
@@ -241,19 +241,19 @@ def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def spread(state: TrainState, mesh: Mesh) -> TrainState:
     """Parameters, averages and optimiser split over "fsdp", all else whole on every device."""
 
-    def part(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: devices.place(leaf, NamedSharding(mesh, fsdp_spec(np.shape(leaf), mesh))),
-            tree,
-        )
+    whole = devices.whole(mesh)
 
-    return TrainState(
-        step=devices.place(state.step, devices.whole(mesh)),
-        params=part(state.params),
-        ema=part(state.ema),
-        opt_state=part(state.opt_state),
-        extra=devices.place(state.extra, devices.whole(mesh)),
+    def layout(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: NamedSharding(mesh, fsdp_spec(np.shape(leaf), mesh)), tree)
+
+    shardings = TrainState(
+        step=whole,
+        params=layout(state.params),
+        ema=layout(state.ema),
+        opt_state=layout(state.opt_state),
+        extra=whole,
     )
+    return devices.place(state, shardings)
 
 
 def compile_step(

@@ -11,6 +11,7 @@ _FASTER_ON_CPU = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution
 # glibc's mallopt (malloc.h), and their values for "never" and "as much as there is".
 _M_MMAP_MAX, _NEVER = -4, 0
 _M_TRIM_THRESHOLD, _UNLIMITED = -1, -1
+_M_MXFAST, _NONE = 1, 0
 
 
 def set_flags(deterministic: bool = False) -> None:
@@ -48,6 +49,8 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, _NEVER)
         mallopt(_M_TRIM_THRESHOLD, _UNLIMITED)
+        # Or every large piece that is freed would have all small ones merged that are set aside.
+        mallopt(_M_MXFAST, _NONE)
 
 
 def keep_compiled() -> None:

@@ -169,6 +169,14 @@ def test_convolution_is_its_definition(rng, stride, pad):
     np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("params", [{"kernel": jnp.zeros((4, 1)), "bias": jnp.zeros(1)}, {}])
+def test_parameters_of_another_network_are_refused(params):
+    """Rather than broadcast where that happens to be possible."""
+    layer = layers.dense(5, jnp.float32, "dense")
+    with pytest.raises(ValueError, match=r"kernel should have shape \(4, 5\)"):
+        layer.apply({"params": params}, jnp.zeros((2, 4)))
+
+
 class TestDropout:
     rate = 0.3
 

@@ -241,7 +241,7 @@ def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def spread(state: TrainState, mesh: Mesh) -> TrainState:
     """Parameters, averages and optimiser split over "fsdp", all else whole on every device."""
 
-    whole = devices.whole(mesh)
+    whole: Any = devices.whole(mesh)
 
     def layout(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: NamedSharding(mesh, fsdp_spec(np.shape(leaf), mesh)), tree)

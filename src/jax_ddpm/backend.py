@@ -8,7 +8,7 @@ import platform
 
 _FASTER_ON_CPU = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
-# glibc's mallopt (malloc.h), and their values for "never" and "as much as there is".
+# Of glibc's mallopt (malloc.h), with their values for "never", "as much as there is" and "none".
 _M_MMAP_MAX, _NEVER = -4, 0
 _M_TRIM_THRESHOLD, _UNLIMITED = -1, -1
 _M_MXFAST, _NONE = 1, 0
@@ -49,7 +49,8 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, _NEVER)
         mallopt(_M_TRIM_THRESHOLD, _UNLIMITED)
-        # Or every large piece that is freed would have all small ones merged that are set aside.
+        # Small freed pieces are not set aside, or each large one would have all of them merged: as
+        # often as a program that is loaded or compiled gives up an array.
         mallopt(_M_MXFAST, _NONE)
 
 

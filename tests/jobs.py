@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -99,4 +100,10 @@ def without_gloo(text: str) -> str:
     Its threads print in pieces, so that one's line may break another's.
     """
     lines = text.splitlines(keepends=True)
-    return "".join(line for line in lines if "[Gloo]" not in line and "peer ranks" not in line)
+    return "".join(line for line in lines if not _GLOO.fullmatch(line))
+
+
+_GLOO = re.compile(
+    r"(\[Gloo\] Rank |\d+| is connected to | peer ranks\. "
+    r"|Expected number of connected peer ranks is : |\n)+"
+)

@@ -31,8 +31,8 @@ def at_least_float32(dtype: Dtype) -> Dtype:
 def parameter(layer: nn.Module, name: str, shape: tuple[int, ...]) -> Array:
     """The layer's parameter of that name, which its initialiser ``{name}_init`` draws.
 
-    Linen's own ``param`` traces the initialiser at each use, to compare shapes: a tenth of the time
-    that a U-Net takes to trace.
+    Linen's own ``param`` traces the initialiser at every use, to compare shapes, which is a good
+    part of tracing a U-Net.
 
     Raises:
       ValueError: where the parameters given are those of another network.

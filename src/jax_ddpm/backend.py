@@ -51,8 +51,8 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, _NEVER)
         mallopt(_M_TRIM_THRESHOLD, _UNLIMITED)
-        # Small freed pieces are not set aside, or each large one would have all of them merged: as
-        # often as a program that is loaded or compiled gives up an array.
+        # Small freed pieces are merged at once. glibc sets them aside, and goes through all of them
+        # whenever a large one is freed, which happens often while XLA loads a program.
         mallopt(_M_MXFAST, _NONE)
 
 

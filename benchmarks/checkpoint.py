@@ -18,7 +18,7 @@ import jax
 from measuring import report, time_once
 from setting import Setting, Training, make_parser, measure_each
 
-from jax_ddpm.training.checkpoint import Checkpoints
+from jax_ddpm.runs.checkpoint import Checkpoints
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from measuring import Program, alternate, compared, matmul_peak, report
 from peer import Peer
 from setting import Setting, make_parser, measure_each
 
-from jax_ddpm.devices import place, whole
+from jax_ddpm.runtime.devices import place, whole
 from jax_ddpm.training.arithmetic import flops
 
 

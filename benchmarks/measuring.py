@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_ddpm.devices import place, split
+from jax_ddpm.runtime.devices import place, split
 
 Seconds = dict[str, list[float]]
 _LOAD = os.getloadavg()  # before this process has added to it

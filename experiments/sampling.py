@@ -23,8 +23,8 @@ from jax_ddpm import images
 from jax_ddpm.evaluation.quality import Evaluation, measure_quality
 from jax_ddpm.evaluation.record import provenance, save_record
 from jax_ddpm.factory import make_source
-from jax_ddpm.files import replacing
-from jax_ddpm.trained import Trained
+from jax_ddpm.inference.trained import Trained
+from jax_ddpm.runtime.files import replacing
 
 EVALUATIONS = (5, 10, 15, 20, 50, 100)
 Fields = dict[str, Any]

@@ -22,10 +22,11 @@ from jax.sharding import AbstractMesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
-from jax_ddpm.devices import make_mesh
 from jax_ddpm.evaluation.record import save_record
 from jax_ddpm.factory import Model
 from jax_ddpm.models.remat import REMAT_POLICIES
+from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.tasks.recipe import make_objective, make_recipe
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,
     Machine,
@@ -37,7 +38,6 @@ from jax_ddpm.training.cost import (
     predict,
     step_cost,
 )
-from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import Recipe, TrainState, init_state
 from jax_ddpm.training.step import compile_step, fsdp_spec
 

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from cli import FORKSERVER, Result
+from command import FORKSERVER, Result
 
 
 def free_port() -> int:
@@ -66,8 +66,8 @@ def joined(folder: pathlib.Path, count: int, devices: int, work: Callable[[], No
 
 
 def _join(port, count, index, work):
-    from jax_ddpm.distributed import ending
-    from jax_ddpm.launch import join
+    from jax_ddpm.runtime.distributed import ending
+    from jax_ddpm.runtime.launch import join
 
     with ending():
         join("manual", f"localhost:{port}", count, index)

@@ -5,10 +5,10 @@ import shlex
 import subprocess
 
 import pytest
-from cli import ROOT
+from command import ROOT
 
 from jax_ddpm.config import default
-from jax_ddpm.stopping import EXIT_CODE
+from jax_ddpm.runtime.stopping import EXIT_CODE
 
 CLUSTER = ROOT / "experiments" / "cluster"
 

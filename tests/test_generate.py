@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 from jax_ddpm import generate
-from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.loop import Snapshots
 from jax_ddpm.errors import UserError
@@ -15,7 +14,8 @@ from jax_ddpm.factory import Model
 from jax_ddpm.generate import Generator
 from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.models.network import Network
-from jax_ddpm.stopping import Stopped
+from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.runtime.stopping import Stopped
 
 SHAPE = (4, 4, 1)
 

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from cli import ROOT, Run
+from command import ROOT, Run
 from jobs import free_port, tells_of_another, without_gloo
 from PIL import Image
 
 from jax_ddpm import factory
 from jax_ddpm.models.network import Network
-from jax_ddpm.stopping import EXIT_CODE
-from jax_ddpm.training import checkpoint
+from jax_ddpm.runs import checkpoint
+from jax_ddpm.runtime.stopping import EXIT_CODE
 
 FLAGS = [
     f"--config={ROOT / 'configs' / 'digits_conditional.py'}",

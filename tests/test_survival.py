@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from cli import ROOT, Run
+from command import ROOT, Run
 
 from jax_ddpm import factory
-from jax_ddpm.stopping import EXIT_CODE
-from jax_ddpm.training import checkpoint
+from jax_ddpm.runs import checkpoint
+from jax_ddpm.runtime.stopping import EXIT_CODE
 
 FLAGS = [
     f"--config={ROOT / 'configs' / 'digits_conditional.py'}",

@@ -9,7 +9,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jax_ddpm.trained import Trained
+    from jax_ddpm.inference.trained import Trained
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 def load(
     workdir: str | pathlib.Path, step: int | None = None, raw: bool = False, **sampling: Any
 ) -> "Trained":
-    """The model that a run trained; see ``jax_ddpm.trained.load``."""
-    from jax_ddpm import trained
+    """The model that a run trained; see ``jax_ddpm.inference.trained.load``."""
+    from jax_ddpm.inference import trained
 
     return trained.load(workdir, step, raw, **sampling)

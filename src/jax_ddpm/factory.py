@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_ddpm.config.validation import validate_for_data
 from jax_ddpm.data.cifar10 import cifar10
 from jax_ddpm.data.digits import digits
 from jax_ddpm.data.folder import folder
@@ -37,7 +38,6 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.models.classifier import ResNet
 from jax_ddpm.models.network import Network, make_network
 from jax_ddpm.models.unet import UNet
-from jax_ddpm.validation import validate_for_data
 
 SOURCES = {
     "digits": lambda data: digits(),

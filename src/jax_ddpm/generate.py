@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from jax_ddpm.devices import compile_over, place, round_up, split, whole
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.loop import Snapshots, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.keys import Stream, example_keys, stream_key
-from jax_ddpm.pipeline import run_ahead
-from jax_ddpm.stopping import Poll, never
+from jax_ddpm.runtime.devices import compile_over, place, round_up, split, whole
+from jax_ddpm.runtime.pipeline import run_ahead
+from jax_ddpm.runtime.stopping import Poll, never
 
 _MAX_COLUMNS = 10
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from jax_ddpm.files import replacing
+from jax_ddpm.runtime.files import replacing
 
 
 def from_levels(levels: UInt8[Array, "*shape"], num_levels: int) -> Float[Array, "*shape"]:

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jax_ddpm import options
-from jax_ddpm.command_line import parse_flags
+from jax_ddpm.cli import arguments as options
+from jax_ddpm.cli.parsing import parse_flags
 from jax_ddpm.errors import UserError
-from jax_ddpm.stopping import EXIT_CODE, Poll, Stopped, StopRequest
+from jax_ddpm.runtime.stopping import EXIT_CODE, Poll, Stopped, StopRequest
 
 if TYPE_CHECKING:
     from jax_ddpm.data.source import Source
-    from jax_ddpm.trained import Trained
+    from jax_ddpm.inference.trained import Trained
 
 
 def _train_workdir() -> pathlib.Path:
@@ -45,8 +45,8 @@ def run_train(poll: Poll) -> pathlib.Path:
     workdir = _train_workdir()
     import jax
 
+    from jax_ddpm.config.validation import validate
     from jax_ddpm.training.loop import train
-    from jax_ddpm.validation import validate
 
     validate(options.CONFIG.value, jax.device_count())
     return train(
@@ -61,7 +61,7 @@ def run_train(poll: Poll) -> pathlib.Path:
 def run_check(poll: Poll) -> str:
     """Says whether ``--config`` would train here, without training."""
     workdir = _train_workdir()
-    from jax_ddpm.preflight import Preflight
+    from jax_ddpm.training.preflight import Preflight
 
     Preflight(options.CONFIG.value, workdir).run(poll)
     return "ready to train"
@@ -71,8 +71,8 @@ def run_sample(poll: Poll) -> pathlib.Path:
     """Samples from the run in ``--workdir`` and returns what was written."""
     if options.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
-    from jax_ddpm.distributed import is_first
-    from jax_ddpm.sampling import write_samples
+    from jax_ddpm.inference.sampling import write_samples
+    from jax_ddpm.runtime.distributed import is_first
 
     workdir = pathlib.Path(options.WORKDIR.value)
     out = pathlib.Path(options.OUT.value or workdir / "samples.png")
@@ -98,7 +98,7 @@ def run_sample(poll: Poll) -> pathlib.Path:
 
 def run_edit(poll: Poll) -> pathlib.Path:
     """Edits ``--images`` with the run in ``--workdir`` and returns what was written."""
-    from jax_ddpm.editing import Request, write_edits
+    from jax_ddpm.inference.edits import Request, write_edits
 
     if options.WORKDIR.value is None or options.IMAGES.value is None:
         missing = "workdir" if options.WORKDIR.value is None else "images"
@@ -128,7 +128,7 @@ def run_edit(poll: Poll) -> pathlib.Path:
 
 def _load() -> "Trained":
     """The run in ``--workdir``, to be sampled as the flags say."""
-    from jax_ddpm.trained import load
+    from jax_ddpm.inference.trained import load
 
     if options.EMA.value and options.RAW.value:
         raise UserError("--ema and --raw: give one of them")
@@ -180,7 +180,7 @@ def run_eval(poll: Poll) -> str:
 
 def run_variance(poll: Poll) -> pathlib.Path:
     """Estimates what ``--sampling.variance=optimal`` needs, and stores it with the checkpoint."""
-    from jax_ddpm.evaluation.optimal_variance import store_x0_error
+    from jax_ddpm.evaluation.x0_error import store_x0_error
 
     if options.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --mode=variance --workdir=runs/digits")
@@ -222,9 +222,9 @@ def run_fid_stats(poll: Poll) -> pathlib.Path:
 
 def _source() -> "Source | None":
     """The data of the run in ``--workdir``, or of ``--config``."""
+    from jax_ddpm.config.validation import validate
     from jax_ddpm.factory import make_source
-    from jax_ddpm.training.identity import load_identity
-    from jax_ddpm.validation import validate
+    from jax_ddpm.runs.identity import load_identity
 
     config, spec = options.CONFIG.value, None
     if options.WORKDIR.value:
@@ -304,8 +304,8 @@ def main(argv: list[str]) -> None:
             return
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
-    from jax_ddpm import backend, distributed
-    from jax_ddpm.launch import join
+    from jax_ddpm.runtime import backend, distributed
+    from jax_ddpm.runtime.launch import join
 
     config = options.CONFIG.value
     backend.set_flags(deterministic=config is not None and config.deterministic)

@@ -15,7 +15,6 @@ from PIL import Image
 from scipy.stats import norm
 
 from jax_ddpm.data.source import ArraySource
-from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.likelihood import variational_bound
 from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, expand, per_example_normal
@@ -23,9 +22,10 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import parts, split_terms
 from jax_ddpm.evaluation.bound import Bound, measure_bound, reduce_terms, write_curve
 from jax_ddpm.images import from_levels
+from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
-from jax_ddpm.stopping import Stopped
-from jax_ddpm.trained import Trained
+from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.runtime.stopping import Stopped
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -22,8 +22,8 @@ from jax_ddpm.evaluation.coding import (
     interpolation_picture,
     progressive_decoding,
 )
+from jax_ddpm.inference.trained import Trained
 from jax_ddpm.models.network import Network
-from jax_ddpm.trained import Trained
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -17,8 +17,8 @@ from jax_ddpm.evaluation.extractors import make_extractor
 from jax_ddpm.evaluation.features import Extractor
 from jax_ddpm.evaluation.quality import Evaluation
 from jax_ddpm.evaluation.record import compare, load_record
-from jax_ddpm.stopping import Stopped
-from jax_ddpm.trained import Trained
+from jax_ddpm.inference.trained import Trained
+from jax_ddpm.runtime.stopping import Stopped
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
-from jax_ddpm.devices import make_mesh
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import features as module
 from jax_ddpm.evaluation.features import Extractor, extract
 from jax_ddpm.evaluation.image_sets import ImageSet
-from jax_ddpm.stopping import Stopped
+from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.runtime.stopping import Stopped
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -10,16 +10,16 @@ import pytest
 import tiny
 from PIL import Image
 
-from jax_ddpm import trained as trained_module
 from jax_ddpm.data.digits import digits
 from jax_ddpm.data.source import ArraySource
-from jax_ddpm.devices import make_mesh
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.image_sets import ImageSet, file_set, noised, sample_set, split_set
 from jax_ddpm.generate import Generator
 from jax_ddpm.images import save_png
-from jax_ddpm.stopping import Stopped
-from jax_ddpm.trained import Trained
+from jax_ddpm.inference import trained as trained_module
+from jax_ddpm.inference.trained import Trained
+from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.runtime.stopping import Stopped
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -10,7 +10,6 @@ import tiny
 from exact import GaussianDenoiser
 
 from jax_ddpm.data.source import ArraySource
-from jax_ddpm.devices import make_mesh
 from jax_ddpm.diffusion.ode_likelihood import dequantised_nll
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import split_terms as module
@@ -19,9 +18,10 @@ from jax_ddpm.evaluation.nll import measure_nll
 from jax_ddpm.evaluation.quality import Evaluation
 from jax_ddpm.evaluation.record import load_record
 from jax_ddpm.images import from_levels
+from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
-from jax_ddpm.stopping import Stopped
-from jax_ddpm.trained import Trained
+from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.runtime.stopping import Stopped
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

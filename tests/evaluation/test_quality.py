@@ -20,7 +20,7 @@ from jax_ddpm.evaluation.memorisation import memorisation
 from jax_ddpm.evaluation.quality import Evaluation, measure_quality
 from jax_ddpm.evaluation.reference import reference_of, save_moments
 from jax_ddpm.images import load_png, save_png, to_uint8
-from jax_ddpm.trained import Trained
+from jax_ddpm.inference.trained import Trained
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -16,7 +16,8 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm import factory
-from jax_ddpm.devices import make_mesh
+from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.tasks.recipe import make_objective, make_recipe
 from jax_ddpm.training.arithmetic import activation_bytes, flops
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,
@@ -28,7 +29,6 @@ from jax_ddpm.training.cost import (
     predict,
     step_cost,
 )
-from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, fsdp_spec
 

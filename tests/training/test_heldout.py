@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from jax_ddpm.data.source import ArraySource
+from jax_ddpm.tasks.diffusion import DiffusionObjective
 from jax_ddpm.training.heldout import HeldOut
-from jax_ddpm.training.objective import DiffusionObjective
 
 COUNT = 10
 SEED = jax.random.key(1)

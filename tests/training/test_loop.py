@@ -13,10 +13,10 @@ import tiny
 from jax_ddpm import factory
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.errors import UserError
-from jax_ddpm.stopping import Stopped
-from jax_ddpm.training import checkpoint
+from jax_ddpm.runs import checkpoint
+from jax_ddpm.runtime.stopping import Stopped
 from jax_ddpm.training.loop import train
-from jax_ddpm.training.metrics import MetricWriter
+from jax_ddpm.training.meter import MetricWriter
 
 NUM_STEPS = 6
 FIELDS = {

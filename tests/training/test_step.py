@@ -9,10 +9,10 @@ import optax
 import pytest
 import tiny
 
-from jax_ddpm.devices import make_mesh, split, whole
 from jax_ddpm.keys import Stream
-from jax_ddpm.training.adam import clipped_adam
-from jax_ddpm.training.recipe import make_learning_rate, make_recipe
+from jax_ddpm.runtime.devices import make_mesh, split, whole
+from jax_ddpm.tasks.adam import clipped_adam
+from jax_ddpm.tasks.recipe import make_learning_rate, make_recipe
 from jax_ddpm.training.state import Average, Phase, Recipe, init_state
 from jax_ddpm.training.step import compile_step, spread
 

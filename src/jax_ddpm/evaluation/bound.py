@@ -13,10 +13,10 @@ from jax_ddpm.evaluation.estimate import Estimate
 from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.evaluation.parts import Arrays
 from jax_ddpm.evaluation.split_terms import split_terms
-from jax_ddpm.files import replacing
+from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream
-from jax_ddpm.stopping import Poll, never
-from jax_ddpm.trained import Trained
+from jax_ddpm.runtime.files import replacing
+from jax_ddpm.runtime.stopping import Poll, never
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ from jax_ddpm.diffusion.process import Process, noise_between, per_example_norma
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.grid import to_clean
 from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
-from jax_ddpm.trained import Trained
 
 _CANDIDATES = 256  # among which to find two of a class
 

@@ -16,8 +16,8 @@ from jax_ddpm.evaluation.image_sets import file_set
 from jax_ddpm.evaluation.metrics import METRICS
 from jax_ddpm.evaluation.nll import SETTINGS, measure_nll
 from jax_ddpm.evaluation.quality import Drawing, Evaluation, measure_quality
-from jax_ddpm.stopping import Poll, never
-from jax_ddpm.trained import Trained
+from jax_ddpm.inference.trained import Trained
+from jax_ddpm.runtime.stopping import Poll, never
 
 
 def evaluate(

@@ -9,8 +9,8 @@ from jaxtyping import Array, UInt8
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.features import Extractor
 from jax_ddpm.images import from_levels
+from jax_ddpm.inference.trained_classifier import load_classifier
 from jax_ddpm.interop.torch_file import load_state_dict
-from jax_ddpm.trained_classifier import load_classifier
 
 
 def make_extractor(choice: str | None, image_shape: tuple[int, int, int]) -> Extractor:

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from jax_ddpm.data.plan import padded_batches
-from jax_ddpm.devices import compile_over, make_mesh, place, round_up, split, whole
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.frechet import Moments, MomentSums
 from jax_ddpm.evaluation.image_sets import ImageSet
 from jax_ddpm.evaluation.parts import Arrays, Parts
-from jax_ddpm.pipeline import run_ahead
-from jax_ddpm.stopping import Poll, never
+from jax_ddpm.runtime.devices import compile_over, make_mesh, place, round_up, split, whole
+from jax_ddpm.runtime.pipeline import run_ahead
+from jax_ddpm.runtime.stopping import Poll, never
 
 
 class Extractor(NamedTuple):

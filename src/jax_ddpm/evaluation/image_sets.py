@@ -20,8 +20,8 @@ from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.parts import Arrays, Parts
 from jax_ddpm.images import from_levels, to_uint8
-from jax_ddpm.stopping import Poll, never
-from jax_ddpm.trained import Trained
+from jax_ddpm.inference.trained import Trained
+from jax_ddpm.runtime.stopping import Poll, never
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ from jax_ddpm.diffusion.ode_likelihood import dequantised_nll
 from jax_ddpm.evaluation.estimate import Estimate
 from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.evaluation.split_terms import split_terms
+from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream
-from jax_ddpm.stopping import Poll, never
-from jax_ddpm.trained import Trained
+from jax_ddpm.runtime.stopping import Poll, never
 
 _TOLERANCE = 1e-5  # relative and absolute, as in Song et al.
 # What two values must agree in besides the data.

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jax_ddpm.distributed import from_first, is_first
 from jax_ddpm.errors import UserError
-from jax_ddpm.files import replacing
+from jax_ddpm.runtime.distributed import from_first, is_first
+from jax_ddpm.runtime.files import replacing
 
 Arrays = dict[str, np.ndarray]
 # The numbers of the parts wanted → each with its arrays, in this order.

@@ -17,8 +17,8 @@ from jax_ddpm.evaluation.features import Extractor, FeatureSet, extract
 from jax_ddpm.evaluation.image_sets import ImageSet, file_set, noised, sample_set, split_set
 from jax_ddpm.evaluation.metrics import METRICS, Protocol, Result, check_possible, combine
 from jax_ddpm.evaluation.reference import holds_moments, load_moments, reference_of
-from jax_ddpm.stopping import Poll, never
-from jax_ddpm.trained import Trained
+from jax_ddpm.inference.trained import Trained
+from jax_ddpm.runtime.stopping import Poll, never
 
 _ROWS, _COLUMNS = 2, 10  # of pairs in the picture of nearest images, at most
 NOISE_LEVELS = (8, 32)  # of the calibration, standard deviations on 0…255

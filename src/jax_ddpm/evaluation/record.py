@@ -14,7 +14,7 @@ import jax
 
 from jax_ddpm import __version__
 from jax_ddpm.errors import UserError
-from jax_ddpm.files import replacing
+from jax_ddpm.runtime.files import replacing
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "pillow")
 

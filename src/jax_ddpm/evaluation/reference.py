@@ -10,7 +10,7 @@ import numpy as np
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.features import Extractor, FeatureSet
 from jax_ddpm.evaluation.frechet import Moments
-from jax_ddpm.files import replacing
+from jax_ddpm.runtime.files import replacing
 
 
 class Reference(NamedTuple):

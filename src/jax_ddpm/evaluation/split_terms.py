@@ -8,15 +8,15 @@ import jax
 
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
-from jax_ddpm.devices import compile_over, make_mesh, place, round_up, whole
-from jax_ddpm.devices import split as over
 from jax_ddpm.diffusion.denoiser import Denoiser
 from jax_ddpm.evaluation.parts import Arrays, Parts
 from jax_ddpm.images import from_levels
+from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, stream_key
-from jax_ddpm.pipeline import run_ahead
-from jax_ddpm.stopping import Poll
-from jax_ddpm.trained import Trained
+from jax_ddpm.runtime.devices import compile_over, make_mesh, place, round_up, whole
+from jax_ddpm.runtime.devices import split as over
+from jax_ddpm.runtime.pipeline import run_ahead
+from jax_ddpm.runtime.stopping import Poll
 
 
 def split_terms(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jax_ddpm.data.loader import Loader
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Batch, InMemory, Source
-from jax_ddpm.devices import own_rows, split
+from jax_ddpm.runtime.devices import own_rows, split
 
 
 class Feed:

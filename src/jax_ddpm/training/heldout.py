@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
-from jax_ddpm.devices import compile_over, fetch, place, split, whole
 from jax_ddpm.keys import StepKeys, Stream, stream_key
-from jax_ddpm.stopping import Poll, never
-from jax_ddpm.training.metrics import weighted_means
+from jax_ddpm.runtime.devices import compile_over, fetch, place, split, whole
+from jax_ddpm.runtime.stopping import Poll, never
+from jax_ddpm.training.meter import weighted_means
 from jax_ddpm.training.state import Objective
 
 

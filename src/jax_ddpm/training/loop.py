@@ -13,19 +13,19 @@ from ml_collections import ConfigDict
 from jax_ddpm import factory, images
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
-from jax_ddpm.devices import make_mesh
-from jax_ddpm.distributed import from_first, is_first, own_folder
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
-from jax_ddpm.stopping import Poll, Stopped, never
-from jax_ddpm.training import checkpoint
-from jax_ddpm.training.checkpoint import Checkpoints, initial_parameters
+from jax_ddpm.runs import checkpoint
+from jax_ddpm.runs.checkpoint import Checkpoints, initial_parameters
+from jax_ddpm.runs.identity import claimed, require_same_run, save_identity
+from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.runtime.distributed import from_first, is_first, own_folder
+from jax_ddpm.runtime.stopping import Poll, Stopped, never
+from jax_ddpm.tasks.recipe import make_objective, make_recipe
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.heldout import HeldOut
-from jax_ddpm.training.identity import claimed, require_same_run, save_identity
-from jax_ddpm.training.metrics import Meter, MetricWriter, NonFinite, Progress
+from jax_ddpm.training.meter import Meter, MetricWriter, NonFinite, Progress
 from jax_ddpm.training.profile import Profiler
-from jax_ddpm.training.recipe import make_objective, make_recipe
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
 

@@ -17,8 +17,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jax_ddpm import devices
 from jax_ddpm.keys import StepKeys
+from jax_ddpm.runtime import devices
 from jax_ddpm.training.state import Metrics, Phase, Recipe, TrainState
 
 # Below this many elements an array is not worth a program, or a collective, of its own.

@@ -1,0 +1,1 @@
+"""The command line: flags, their parsing, one function for each mode."""

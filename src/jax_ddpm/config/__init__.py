@@ -1,0 +1,5 @@
+"""What an experiment says: every field, its default, and what it must be."""
+
+from jax_ddpm.config.defaults import default
+
+__all__ = ["default"]

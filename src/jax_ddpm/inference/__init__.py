@@ -1,0 +1,1 @@
+"""A trained model from the folder of its run: samples, films and edits into files."""

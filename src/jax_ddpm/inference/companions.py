@@ -1,0 +1,86 @@
+"""What sampling takes from elsewhere than the model itself: a guide, a statistic."""
+
+import json
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jax_ddpm import factory
+from jax_ddpm.data.source import Spec
+from jax_ddpm.diffusion.guidance import NoisyClassifier
+from jax_ddpm.diffusion.optimal_variance import X0Error
+from jax_ddpm.errors import UserError
+from jax_ddpm.factory import ALONE, Companions
+from jax_ddpm.runs import checkpoint
+from jax_ddpm.runs.checkpoint import choose_step, digest
+from jax_ddpm.runs.identity import load_identity
+
+_TASK_OF_GUIDE = {"classifier": "noisy_classification", "autoguidance": "diffusion"}
+
+
+def load_companions(
+    config: ConfigDict, spec: Spec, workdir: pathlib.Path, step: int, item: str
+) -> Companions:
+    """All that ``config.sampling`` asks for beside the parameters of this checkpoint.
+
+    Raises:
+      UserError: where it is missing, damaged, or does not fit the model.
+    """
+    sampling, companions = config.sampling, ALONE
+    if sampling.variance == "optimal":
+        statistic = load_x0_error(workdir, step, item)
+        record = {"x0_error_sha256": digest(statistic)}
+        companions = companions._replace(x0_error=statistic, record=record)
+    if sampling.guidance == "classifier_free":
+        return companions
+    guide = pathlib.Path(sampling.guide)
+    guide_config, guide_spec = load_identity(guide)
+    differs = {
+        "task": (guide_config.task, _TASK_OF_GUIDE[sampling.guidance]),
+        "process": (guide_config.process.to_dict(), config.process.to_dict()),
+        "image shape": (guide_spec.image_shape, spec.image_shape),
+    }
+    for name, (held, needed) in differs.items():
+        if held != needed:
+            raise UserError(
+                f"config.sampling.guide={guide}: its {name} is {held}; needed is {needed}"
+            )
+    guide_step = choose_step(guide, sampling.guide_step or None, item)
+    params = checkpoint.restore_item(guide, guide_step, item)["network"]
+    record = companions.record | {"guide_sha256": digest(params)}
+    companions = companions._replace(record=record)
+    model = factory.make_model(guide_config, guide_spec)
+    if isinstance(model, factory.Model):
+        return companions._replace(guide=model.denoiser(params, clip=False))
+    assert isinstance(model, factory.NoisyClassifier)
+    classifier = NoisyClassifier(params, model.network.apply, model.parameterisation)
+    return companions._replace(guide=classifier, num_classes=model.num_classes)
+
+
+def x0_error_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:
+    """Where the statistic of a checkpoint's optimal variance lies."""
+    return checkpoint.folder(workdir) / str(step) / f"x0_error_{item}.json"
+
+
+def load_x0_error(workdir: pathlib.Path, step: int, item: str) -> X0Error:
+    """The statistic that ``--mode=variance`` has stored with a checkpoint.
+
+    Raises:
+      UserError: where it has not, or the file is damaged.
+    """
+    path = x0_error_path(workdir, step, item)
+    try:
+        stored = json.loads(path.read_text())
+        table = np.array([stored[name] for name in X0Error._fields], float)
+        rises = table.ndim == 2 and table.size > 0 and np.all(np.diff(table[0]) > 0)
+        if not (rises and np.all(np.isfinite(table))):
+            raise ValueError("no table of finite numbers at rising λ")
+        return X0Error(*table)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"config.sampling.variance=optimal: {path} is missing; make it by "
+            f"--mode=variance --workdir={workdir}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; make it anew by --mode=variance") from error

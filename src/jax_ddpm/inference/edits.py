@@ -1,0 +1,327 @@
+"""Images edited with a trained model: files in, a grid or an ``.npz`` out."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jax_ddpm import images
+from jax_ddpm.data.decode import UnreadableError, decode
+from jax_ddpm.diffusion import encoding
+from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
+from jax_ddpm.diffusion.editing import (
+    Projection,
+    colourisation,
+    inpainting,
+    last_steps,
+    perturbed,
+    projected,
+    resampled,
+    super_resolution,
+)
+from jax_ddpm.diffusion.interpolation import interpolate
+from jax_ddpm.diffusion.process import per_example_normal
+from jax_ddpm.diffusion.samplers.ddim import ddim
+from jax_ddpm.diffusion.samplers.loop import Sampler, sample
+from jax_ddpm.errors import UserError
+from jax_ddpm.evaluation.image_sets import file_set
+from jax_ddpm.factory import Model
+from jax_ddpm.inference.trained import Trained
+from jax_ddpm.keys import Stream, example_keys, stream_key
+from jax_ddpm.runtime import devices
+from jax_ddpm.runtime.files import replacing
+from jax_ddpm.runtime.pipeline import run_ahead
+from jax_ddpm.runtime.stopping import Poll, never
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+      edit: a name in ``EDITS``.
+      images: a folder of PNGs or an ``.npz``, of the model's size; for "superres" that, or
+        ``factor`` times smaller.
+      num_samples: variants of each image; for "interpolate" images between two, these included.
+      mask: of "inpaint": a gray PNG, white where the images are made anew, black where kept.
+      factor: of "superres".
+      strength: of "sdedit" and "interpolate": the fraction of the sampler's steps that are taken,
+        from images that have the noise of the first of them.
+      jump_length, resamplings: of the edits that know a part of the image, see
+        ``diffusion.editing.resampled``.
+      label: the class, of a conditional model.
+    """
+
+    edit: str
+    images: pathlib.Path
+    num_samples: int = 4
+    mask: pathlib.Path | None = None
+    factor: int = 2
+    strength: float = 0.5
+    jump_length: int = 10
+    resamplings: int = 1
+    label: int | None = None
+
+    def conditioning(self, number: int) -> Conditioning:
+        """The label of so many images."""
+        return {} if self.label is None else {"label": jnp.full(number, self.label, jnp.int32)}
+
+
+class Edit(NamedTuple):
+    """One way of editing.
+
+    Attributes:
+      draw: ``(denoiser, given [b, together, h, w, c], prior_keys, step_keys) → outputs``, among
+        them ``images`` ``[b, each, h, w, c]``, in about [-1, 1]; keys are one per row of given.
+      seen: images as the model is told of them.
+      together: of how many images one draw is made.
+      each: how many it makes.
+      repeats: how many draws there are of the same images, each with keys of its own.
+    """
+
+    draw: Callable[[Denoiser, Array, Any, Any], dict[str, Array]]
+    seen: Projection = lambda x: x
+    together: int = 1
+    each: int = 1
+    repeats: int = 1
+
+
+def write_edits(
+    trained: Trained,
+    out: pathlib.Path,
+    request: Request,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    poll: Poll = never,
+) -> None:
+    """Writes what is asked for into ``out``, a ``.png`` or an ``.npz``.
+
+    The picture has a row for each image, or pair of them: the image as the model was told of it,
+    what was made of it, and the pair's other image. The ``.npz`` holds ``given`` ``[n, h, w, c]``
+    and ``images`` ``[rows, columns, h, w, c]``, both uint8, and of "encode" the float32 ``noise``.
+    Variant j of image i depends on (seed, i, j) alone.
+
+    Raises:
+      UserError: where files or settings do not fit each other or the model.
+    """
+    if out.suffix not in (".png", ".npz") or out.is_dir():
+        raise UserError(f"--out={out}: give the name of a .png or an .npz")
+    _check_label(trained.model, request.label)
+    try:
+        edit = EDITS[request.edit](trained.model, request)
+    except ValueError as error:
+        raise UserError(f"--edit={request.edit}: {error}") from error
+    given = _read_images(trained.model, request)
+    if len(given) % edit.together:
+        raise UserError(f"--images={request.images}: {len(given)} images; give pairs of them")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    size = batch_size or trained.config.sampling.batch_size
+    seen = np.asarray(edit.seen(given))
+    rows = np.asarray(given).reshape(-1, edit.together, *given.shape[1:])
+    outputs = _draw(trained, edit, rows, seed, size, poll)
+    if out.suffix == ".npz":
+        arrays = outputs | {
+            "given": images.to_uint8(seen),
+            "images": images.to_uint8(outputs["images"]),
+        }
+        with replacing(out) as partial, partial.open("wb") as packed:
+            np.savez(packed, **arrays)  # type: ignore[arg-type]
+        return
+    ends = seen.reshape(rows.shape)
+    shown = np.concatenate([ends[:, :1], outputs["images"], ends[:, 1:]], axis=1)
+    images.save_grid(out, shown.reshape(-1, *given.shape[1:]), columns=shown.shape[1])
+
+
+def _draw(
+    trained: Trained,
+    edit: Edit,
+    rows: Float[np.ndarray, "rows together h w c"],
+    seed: int,
+    size: int,
+    poll: Poll,
+) -> dict[str, np.ndarray]:
+    """The outputs of each row, ``[rows, repeats·each, h, w, c]``, in batches of ``size`` images."""
+    mesh = devices.make_mesh()
+    whole, split = devices.whole(mesh), devices.split(mesh)
+    number = len(rows) * edit.repeats
+    size = devices.round_up(min(max(1, size // edit.each), number), mesh)
+
+    def run(denoiser, key, given, row, variant):
+        def keys(stream):
+            return jax.vmap(jax.random.fold_in)(example_keys(stream_key(key, stream), row), variant)
+
+        return edit.draw(denoiser, given, keys(Stream.SAMPLE_PRIOR), keys(Stream.SAMPLE_STEPS))
+
+    compiled = devices.compile_over(run, (whole, whole, split, split, split), split)
+    denoiser = devices.place(trained.model.guided_denoiser(trained.params), whole)
+
+    def launch(start: int) -> dict[str, Array]:
+        index = np.minimum(np.arange(start, start + size, dtype=np.int32), number - 1)
+        row, variant = np.divmod(index, np.int32(edit.repeats))
+        return compiled(denoiser, jax.random.key(seed), rows[row], row, variant)
+
+    batches = [batch for _, batch in run_ahead(launch, range(0, number, size), poll)]
+    outputs = jax.tree.map(lambda *parts: np.concatenate(parts)[:number], *batches)
+    return {name: x.reshape(len(rows), -1, *x.shape[2:]) for name, x in outputs.items()}
+
+
+def _sampled(
+    model: Model, request: Request, sampler: Sampler, denoiser: Denoiser, x: Array, keys: Any
+) -> dict[str, Array]:
+    given, self_condition = request.conditioning(len(x)), model.self_condition
+    x, _ = sample(sampler, denoiser, x, keys, given, self_condition=self_condition)
+    return {"images": x[:, None]}
+
+
+def _of_known_part(model: Model, request: Request, project: Projection) -> Edit:
+    grid = model.grid()
+    sampler = model.sampler(grid)
+
+    def conditioned(known: Array) -> Sampler:
+        inside = projected(sampler, grid, project, known)
+        if request.resamplings == 1:
+            return inside
+        return resampled(inside, grid, request.jump_length, request.resamplings)
+
+    conditioned(jnp.zeros((1, *model.spec.image_shape)))  # refused now rather than when it runs
+
+    def draw(denoiser, given, prior_keys, step_keys):
+        known = given[:, 0]
+        x = grid.process.prior_std * per_example_normal(prior_keys, known)
+        return _sampled(model, request, conditioned(known), denoiser, x, step_keys)
+
+    return Edit(draw, seen=project, repeats=request.num_samples)
+
+
+def _inpaint(model: Model, request: Request) -> Edit:
+    if request.mask is None:
+        raise UserError("--mask is missing; a PNG, white where images are made anew")
+    return _of_known_part(model, request, inpainting(_read_kept(model, request.mask)))
+
+
+def _colourise(model: Model, request: Request) -> Edit:
+    if model.spec.image_shape[-1] != 3:
+        raise UserError("--edit=colourise: this model makes gray images")
+    return _of_known_part(model, request, colourisation)
+
+
+def _superres(model: Model, request: Request) -> Edit:
+    height, width, _ = model.spec.image_shape
+    factor = request.factor
+    if factor < 2 or height % factor or width % factor:
+        raise UserError(
+            f"--factor={factor}: it must be 2 or more and divide {width} and {height}, the pixels "
+            "of the model's images"
+        )
+    return _of_known_part(model, request, super_resolution(factor))
+
+
+def _sdedit(model: Model, request: Request) -> Edit:
+    grid = last_steps(model.grid(), _num_last_steps(model, request.strength))
+    sampler = model.sampler(grid)
+
+    def draw(denoiser, given, prior_keys, step_keys):
+        x = perturbed(grid, given[:, 0], prior_keys)
+        return _sampled(model, request, sampler, denoiser, x, step_keys)
+
+    return Edit(draw, repeats=request.num_samples)
+
+
+def _interpolate(model: Model, request: Request) -> Edit:
+    grid = last_steps(model.grid(), _num_last_steps(model, request.strength))
+    sampler = model.sampler(grid)
+    weights = jnp.linspace(0, 1, request.num_samples)
+
+    def draw(denoiser, given, prior_keys, step_keys):
+        def row(pair, key):
+            conditioning = request.conditioning(len(weights))
+            return interpolate(sampler, denoiser, grid.process, pair, weights, key, conditioning)
+
+        return {"images": jax.vmap(row)(given, prior_keys)}
+
+    return Edit(draw, together=2, each=request.num_samples)
+
+
+def _encode(model: Model, request: Request) -> Edit:
+    """To noise and back by DDIM, through the times of the sampler.
+
+    Heun's method comes closer where λ is evenly spaced, but goes astray on times that are not.
+    """
+    process, times = model.sampling_process, model.grid().now.time[::-1]
+
+    def draw(denoiser, given, prior_keys, step_keys):
+        conditioning = request.conditioning(len(given))
+        noise = encoding.encode(ddim, process, times, denoiser, given[:, 0], conditioning)
+        back = encoding.decode(ddim, process, times, denoiser, noise, conditioning)
+        return {"noise": noise[:, None], "images": back[:, None]}
+
+    return Edit(draw)
+
+
+EDITS: dict[str, Callable[[Model, Request], Edit]] = {
+    "inpaint": _inpaint,
+    "colourise": _colourise,
+    "superres": _superres,
+    "sdedit": _sdedit,
+    "interpolate": _interpolate,
+    "encode": _encode,
+}
+
+
+def _num_last_steps(model: Model, strength: float) -> int:
+    if not 0 < strength <= 1:
+        raise UserError(f"--strength={strength}: it must be above 0 and at most 1")
+    return max(1, round(strength * model.grid().num_steps))
+
+
+def _check_label(model: Model, label: int | None) -> None:
+    classes = model.label_classes
+    if label is not None and not classes:
+        raise UserError(f"--class={label}: this model has no classes; leave --class out")
+    if classes and (label is None or not 0 <= label < classes):
+        raise UserError(f"--class: give one of this model's classes, 0 to {classes - 1}")
+
+
+def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:
+    """In [-1, 1]; gray ones serve a model of colour, and small ones super-resolution."""
+    height, width, channels = model.spec.image_shape
+    files = file_set(request.images)
+    found = files.read(np.arange(files.count))
+    factor = request.factor
+    if request.edit == "superres" and found.shape[1:3] == (height // factor, width // factor):
+        found = found.repeat(factor, axis=1).repeat(factor, axis=2)
+    if found.shape[-1] == 1:
+        found = found.repeat(channels, axis=-1)
+    if found.shape[1:] != model.spec.image_shape:
+        raise UserError(
+            f"--images={request.images}: {_size(found.shape[1:])}; the model makes "
+            f"{_size(model.spec.image_shape)}"
+        )
+    return images.from_levels(jnp.asarray(found), 256)
+
+
+def _read_kept(model: Model, mask: pathlib.Path) -> Bool[np.ndarray, "h w"]:
+    """Where the mask is black."""
+    try:
+        pixels = decode(mask.read_bytes(), 0, 1)
+    except (UnreadableError, OSError) as error:
+        raise UserError(f"--mask={mask}: cannot be read ({error}); give a PNG") from error
+    height, width, _ = model.spec.image_shape
+    if pixels.shape[:2] != (height, width):
+        raise UserError(
+            f"--mask={mask}: {pixels.shape[1]}×{pixels.shape[0]} pixels; the model makes "
+            f"{width}×{height}"
+        )
+    return pixels[..., 0] < 128
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    height, width, channels = shape
+    return f"{'gray' if channels == 1 else 'colour'} images of {width}×{height} pixels"

@@ -1,0 +1,134 @@
+"""A trained model, read from the folder of its run."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from jax_ddpm import factory, images
+from jax_ddpm.config import default
+from jax_ddpm.config.sampling_validation import validate_sampling
+from jax_ddpm.config.validation import validate_for_data
+from jax_ddpm.data.source import Spec
+from jax_ddpm.diffusion.processes import CONTINUOUS
+from jax_ddpm.errors import UserError
+from jax_ddpm.factory import Companions
+from jax_ddpm.generate import Generator
+from jax_ddpm.inference.companions import load_companions
+from jax_ddpm.runs import checkpoint
+from jax_ddpm.runs.checkpoint import choose_step, digest
+from jax_ddpm.runs.identity import load_identity
+from jax_ddpm.runtime.devices import make_mesh
+
+
+class Trained:
+    """A model with the parameters of one checkpoint.
+
+    Attributes:
+      config, spec: of the run and of its data.
+      step: of the checkpoint.
+      item: "ema" for averaged parameters, "params" for raw ones.
+      model, params: the network's functions and its parameters as NumPy arrays.
+      model_record, record: what decides a prediction, and a sample besides seed and class, as JSON.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        spec: Spec,
+        step: int,
+        item: str,
+        params: Any,
+        companions: Companions = factory.ALONE,
+    ):
+        self.config, self.spec, self.step, self.item, self.params = config, spec, step, item, params
+        self.model = factory.Model(config, spec, companions)
+        self._record = {
+            "parameters": item,
+            "checkpoint_step": step,
+            "sha256": digest(params),
+            "process": config.process.to_dict(),
+            "parameterisation": config.parameterisation.to_dict(),
+            "clip": config.sampling.clip,
+            "dtype": config.model.dtype,
+        }
+        self._sampling_record = sampling_record(config) | companions.record
+        self._generators: dict[tuple[int, int], Generator] = {}
+
+    @property
+    def model_record(self) -> dict[str, Any]:
+        return self._record | {"random_numbers": str(jax.random.key_impl(jax.random.key(0)))}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.model_record | self._sampling_record
+
+    def generator(self, batch_size: int, num_snapshots: int = 1) -> Generator:
+        """The sampler for batches of this size over all devices, compiled at its first use."""
+        size = batch_size, num_snapshots
+        if size not in self._generators:
+            self._generators[size] = Generator(self.model, batch_size, make_mesh(), num_snapshots)
+        return self._generators[size]
+
+    def sample(
+        self,
+        num_samples: int,
+        seed: int = 0,
+        label: int | None = None,
+        batch_size: int | None = None,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """Samples 0, …, num_samples-1 of the seed; sample i depends on (seed, i, label) alone.
+
+        Without a label the classes of a conditional model take turns. ``batch_size`` is by default
+        that of ``config.sampling``, at most.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; it must be 1 or more")
+        size = min(num_samples, batch_size or self.config.sampling.batch_size)
+        return images.to_uint8(self.generator(size)(self.params, seed, num_samples, label))
+
+
+def load(
+    workdir: str | pathlib.Path, step: int | None = None, raw: bool = False, **sampling: Any
+) -> Trained:
+    """Reads a run: its averaged (or ``raw``) parameters at ``step``, the newest by default.
+
+    ``sampling`` overrides fields of that section of its config, such as ``guidance_scale=2.0``.
+
+    Raises:
+      UserError: where there is no run, no such checkpoint, it is damaged, or this model cannot be
+        sampled so.
+    """
+    workdir = pathlib.Path(workdir)
+    config, spec = load_identity(workdir)
+    if config.task != "diffusion":
+        raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
+    config.sampling.update(sampling)
+    validate_sampling(config)
+    validate_for_data(config, spec.image_shape, spec.num_classes)
+    item = "params" if raw else "ema"
+    step = choose_step(workdir, step, item)
+    params = checkpoint.restore_item(workdir, step, item)["network"]
+    companions = load_companions(config, spec, workdir, step, item)
+    return Trained(config, spec, step, item, params, companions)
+
+
+def sampling_record(config: ConfigDict) -> dict[str, Any]:
+    """How samples are drawn, as JSON: sampler, steps and scale, and what else is set."""
+    sampling, usual = config.sampling, default().sampling
+    own_steps = config.process.name not in CONTINUOUS and not sampling.process
+    steps = sampling.num_steps or (config.process.num_timesteps if own_steps else 0)
+    always = {"sampler": sampling.sampler, "guidance_scale": sampling.guidance_scale}
+    passed_over = (*always, "num_steps", "num_samples", "batch_size", "clip", "guide", "guide_step")
+    return (
+        always
+        | {"num_steps": len(sampling.times) or steps}
+        | {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in sampling.to_dict().items()
+            if name not in passed_over and value != usual[name]
+        }
+    )

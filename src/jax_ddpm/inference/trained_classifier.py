@@ -1,0 +1,92 @@
+"""A trained classifier, read from the folder of its run: features and classes of images."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, UInt8
+from ml_collections import ConfigDict
+
+from jax_ddpm import factory
+from jax_ddpm.data.plan import padded_batches
+from jax_ddpm.data.source import Source, Spec
+from jax_ddpm.errors import UserError
+from jax_ddpm.images import from_levels
+from jax_ddpm.runs import checkpoint
+from jax_ddpm.runs.checkpoint import digest
+from jax_ddpm.runs.identity import load_identity
+
+_BATCH_SIZE = 256
+
+
+class TrainedClassifier:
+    """A classifier with the averaged parameters of one checkpoint.
+
+    Attributes:
+      config, spec: of the run and of its data.
+      step: of the checkpoint.
+      model, params: the network's functions and its parameters as NumPy arrays.
+      record: which classifier this is, as JSON.
+      accuracy: how often it is right among all images of the held-out split, as JSON.
+    """
+
+    def __init__(self, config: ConfigDict, spec: Spec, step: int, params: Any, source: Source):
+        self.config, self.spec, self.step, self.params = config, spec, step, params
+        self.model = factory.Classifier(config, spec)
+        self.record = {
+            "kind": "classifier",
+            "checkpoint_step": step,
+            "sha256": digest(params),
+            "dtype": config.model.dtype,
+            "data": spec.identity,
+        }
+        self.accuracy = {
+            "data": spec.identity,
+            "split": "heldout",
+            "count": spec.split_sizes["heldout"],
+            "accuracy": self._accuracy(source),
+        }
+
+    def apply(
+        self, params: Any, images: UInt8[Array, "n h w c"]
+    ) -> tuple[Float32[Array, "n features"], Float32[Array, "n classes"]]:
+        """Features and logits of images at the data's own levels 0, …, num_levels-1.
+
+        Pure, to be called under ``jit``.
+        """
+        return self.model.network.apply(params, from_levels(images, self.spec.num_levels))
+
+    def _accuracy(self, source: Source) -> float:
+        apply, count, right = jax.jit(self.apply), self.spec.split_sizes["heldout"], 0
+        for index, mask in padded_batches(count, _BATCH_SIZE):
+            batch = source.batch("heldout", index)
+            _, logits = apply(self.params, batch["image"])
+            right += int(np.sum(mask & (np.argmax(logits, axis=1) == batch["label"])))
+        return right / count
+
+
+def load_classifier(workdir: str | pathlib.Path) -> TrainedClassifier:
+    """Reads a run's newest checkpoint, and measures it on the held-out split of the run's data.
+
+    So the accuracy is of these very parameters and of the computation as it is done here.
+
+    Raises:
+      UserError: where there is no run of a classifier, no whole checkpoint, or other data than it
+        was trained on.
+    """
+    workdir = pathlib.Path(workdir)
+    config, spec = load_identity(workdir)
+    if config.task != "classification":
+        raise UserError(f"--workdir={workdir} holds no classifier; train one with config.task")
+    step = checkpoint.newest(workdir, ["ema"])
+    if step is None:
+        raise UserError(f"--workdir={workdir}: no checkpoint there yet; train on")
+    source = factory.make_source(config)
+    if source.spec != spec:
+        raise UserError(
+            f"--workdir={workdir}: its classifier is for {spec.identity}, but its config.data now "
+            f"gives {source.spec.identity}; bring back the data it was trained on"
+        )
+    params = checkpoint.restore_item(workdir, step, "ema")["network"]
+    return TrainedClassifier(config, spec, step, params, source)

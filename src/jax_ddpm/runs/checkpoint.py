@@ -1,0 +1,346 @@
+"""Checkpoints: ``<workdir>/checkpoints/<step>/`` with one item for each part of the state.
+
+A checkpoint appears whole or not at all: Orbax writes it beside its place in the background and
+renames it. ``manifest.json`` in it holds the SHA-256 of every file of the items, since Orbax itself
+restores from damaged files without a word. Of several processes each writes the parts that lie on
+its devices, into a folder that all can reach; the first one alone chooses, signs and deletes.
+"""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import shutil
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jax_ddpm.runtime.devices import place
+from jax_ddpm.runtime.distributed import from_first, is_first, lost
+from jax_ddpm.errors import UserError
+from jax_ddpm.keys import Stream, stream_key
+from jax_ddpm.models.network import Network
+from jax_ddpm.training.state import TrainState
+
+_MANIFEST = "manifest.json"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_DELETED = ".deleted"
+
+
+class Damaged(Exception):
+    """A checkpoint whose files are not those that were written."""
+
+
+def folder(workdir: pathlib.Path) -> pathlib.Path:
+    """Where the checkpoints of a run lie."""
+    return (workdir / "checkpoints").absolute()
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """The steps with a finished checkpoint, in order."""
+    found = folder(workdir).glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def verify(workdir: pathlib.Path, step: int, items: Iterable[str] | None = None) -> None:
+    """Compares the files of the items, of all by default, with the manifest.
+
+    Raises:
+      Damaged: naming the first file that is missing or differs.
+    """
+    path = folder(workdir) / str(step)
+    try:
+        manifest = dict(json.loads((path / _MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise Damaged(f"{_MANIFEST} cannot be read") from error
+    held = {name.partition("/")[0] for name in manifest}
+    wanted = held | {"params"} if items is None else set(items)
+    for item in sorted(wanted - held):
+        raise Damaged(f"{_MANIFEST} knows no {item}")
+    for name, digest in manifest.items():
+        if name.partition("/")[0] not in wanted:
+            continue
+        try:
+            found = _digest(path / name)
+        except FileNotFoundError as error:
+            raise Damaged(f"{name} is missing") from error
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+        if found != digest:
+            raise Damaged(f"{name} has changed since it was written")
+
+
+def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | None:
+    """Step of the newest checkpoint that is whole, warning of damaged newer ones.
+
+    None where there is no checkpoint. The first process looks, for all of them.
+
+    Raises:
+      UserError: where there are checkpoints, but all are damaged.
+    """
+    return from_first(lambda: _newest(workdir, items))
+
+
+def _newest(workdir: pathlib.Path, items: Iterable[str] | None) -> int | None:
+    for step in reversed(steps(workdir)):
+        try:
+            verify(workdir, step, items)
+        except Damaged as damage:
+            warnings.warn(f"checkpoint {step} is damaged: {damage}", stacklevel=2)
+        else:
+            return step
+    if steps(workdir):
+        raise UserError(
+            f"--workdir={workdir}: every checkpoint is damaged; to start over use another --workdir"
+        )
+    return None
+
+
+def choose_step(workdir: pathlib.Path, step: int | None, item: str) -> int:
+    """The step asked for, or else of the newest checkpoint whose ``item`` is whole.
+
+    Raises:
+      UserError: where there is no such checkpoint.
+    """
+    known = steps(workdir)
+    if step is None:
+        step = newest(workdir, [item])
+    if step is None or not known:
+        raise UserError(f"--workdir={workdir}: no checkpoint there yet; train on")
+    if step not in known:
+        raise UserError(
+            f"--checkpoint_step={step}: {workdir} has checkpoints at {', '.join(map(str, known))}"
+        )
+    return step
+
+
+def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
+    """One item of a checkpoint, such as "ema" or "params", as a tree of NumPy arrays.
+
+    Raises:
+      UserError: where it is damaged, or Orbax cannot read it.
+    """
+    import orbax.checkpoint as ocp
+
+    path = folder(workdir) / str(step) / item
+    try:
+        verify(workdir, step, [item])
+        # Not a Checkpointer: it warns that a single item lacks the metadata of a checkpoint.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            stored = handler.metadata(path).tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            return handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except (Damaged, OSError, ValueError) as error:
+        raise UserError(f"checkpoint {step} in {workdir}: {_one_line(error)}") from error
+
+
+def digest(params: Any) -> str:
+    """Tells parameters apart, wherever their run lies."""
+    sha256 = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        sha256.update(np.ascontiguousarray(leaf).tobytes())
+    return sha256.hexdigest()
+
+
+class Checkpoints:
+    """Saves and restores the train state of a run; to be closed, which waits for the last save.
+
+    Kept are the last ``keep_last`` and those at multiples of ``keep_every`` (0: none).
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep_last: int, keep_every: int):
+        import orbax.checkpoint as ocp
+
+        self._workdir, self._folder = workdir, folder(workdir)
+        self._keep_last, self._keep_every = keep_last, keep_every
+        from_first(self._clear_up)
+        self._saver = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._sign),
+        )
+        self.last: int | None = None  # step saved or restored last
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if lost(error):
+            return  # what is under way will never be whole
+        failure = contextlib.suppress(UserError) if error else contextlib.nullcontext()
+        with contextlib.closing(self._saver), failure:
+            self.wait()
+
+    def _clear_up(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob("*"):
+            if _UNFINISHED in path.name:
+                step, _, _ = path.name.partition(".")
+                warnings.warn(f"checkpoint {step} was not finished; it is removed", stacklevel=2)
+            if _UNFINISHED in path.name or path.name.endswith(_DELETED):
+                shutil.rmtree(path)
+
+    def save(self, state: TrainState, config: ConfigDict, progress: dict[str, Any]) -> None:
+        """Saves in the background, after copying the state to the host.
+
+        ``progress`` is what the loop needs beside the state, as JSON.
+
+        Raises:
+          UserError: where this or the previous save failed; earlier checkpoints stay as they are.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        self.last = int(state.step)
+        args = {name: ocp.args.StandardSave(item) for name, item in self._items(state).items()}
+        args["progress"] = ocp.args.JsonSave(progress | {"step": self.last})
+        args["config"] = ocp.args.JsonSave(json.loads(config.to_json()))
+        try:
+            self._saver.save(self._folder / str(self.last), args=ocp.args.Composite(**args))
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _items(self, state: TrainState) -> dict[str, Any]:
+        """The parts of the state but the step; Orbax refuses empty ones."""
+        items = {name: getattr(state, name) for name in ("params", "ema", "opt_state", "extra")}
+        return {name: item for name, item in items.items() if jax.tree.leaves(item)}
+
+    def _sign(self) -> None:
+        """Puts the manifest into a checkpoint that is complete but not yet renamed.
+
+        Orbax calls this on the first process only, when all have written their parts.
+        """
+        (path,) = self._folder.glob(f"{self.last}{_UNFINISHED}*")
+        files = sorted(file for file in path.glob("*/**/*") if file.is_file())
+        manifest = {file.relative_to(path).as_posix(): _digest(file) for file in files}
+        (path / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def check(self) -> None:
+        """Raises UserError as soon as a save in the background has failed."""
+        try:
+            self._saver.check_for_errors()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk and superseded checkpoints are deleted."""
+        try:
+            self._saver.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+        if not is_first():
+            return
+        for step in steps(self._workdir)[: -self._keep_last]:
+            if not self._keep_every or step % self._keep_every:
+                # Renamed first: what is deleted halfway must not look like a checkpoint.
+                path = self._folder / str(step)
+                shutil.rmtree(path.rename(path.with_name(path.name + _DELETED)))
+
+    def _failure(self, error: Exception) -> UserError:
+        kept = steps(self._workdir)
+        return UserError(
+            f"checkpoint {self.last} could not be written ({_one_line(error)}); "
+            + (f"checkpoint {kept[-1]} is the last one" if kept else "there is none before it")
+        )
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest whole checkpoint in place of ``state``, and its progress.
+
+        ``state`` says the structure and how it lies on the devices, on which and on how many may
+        have changed. Damaged newer checkpoints are set aside in ``damaged/``. Without a checkpoint
+        ``state`` itself is returned, and {}.
+
+        Raises:
+          UserError: where all are damaged, or the checkpoint is of another structure.
+        """
+        import orbax.checkpoint as ocp
+
+        step = newest(self._workdir)
+        if step is None:
+            return state, {}
+        from_first(lambda: self._set_aside_after(step))
+        path = self._folder / str(step)
+        where = f"checkpoint {step} in {self._workdir}"
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            for name, item in self._items(state).items():
+                held = (path / name).is_dir()
+                stored = handler.metadata(path / name).tree if held else {}
+                _require_same_structure({name: item}, {name: stored}, where)
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        args: dict[str, Any] = {"progress": ocp.args.JsonRestore()}
+        for name, item in self._items(abstract).items():
+            args[name] = ocp.args.StandardRestore(item)
+        try:
+            restored = self._saver.restore(path, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(
+                f"checkpoint {step} in {self._workdir} does not fit this config: {_one_line(error)}"
+            ) from error
+        progress = restored["progress"]
+        arrays = {name: restored[name] for name in self._items(abstract)}
+        self.last = progress["step"]
+        count = place(np.int32(progress.pop("step")), state.step.sharding)  # type: ignore[arg-type]
+        return state._replace(step=count, **arrays), progress
+
+    def _set_aside_after(self, step: int) -> None:
+        aside = self._workdir / "damaged"
+        for later in steps(self._workdir):
+            if later > step:
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / str(later), ignore_errors=True)
+                (self._folder / str(later)).rename(aside / str(later))
+
+
+def initial_parameters(
+    config: ConfigDict, network: Network, seed: Any, workdir: pathlib.Path
+) -> Any:
+    """Drawn from the run's seed key, or the averages of the run ``config.init_from``.
+
+    That run is not needed any more once this one has a checkpoint in ``workdir``.
+
+    Raises:
+      UserError: where there is no such run, or its network is another one.
+    """
+    params = network.init(stream_key(seed, Stream.PARAMETERS))
+    if not config.init_from or from_first(lambda: steps(workdir)):
+        return params
+    donor = pathlib.Path(config.init_from)
+    try:
+        step = newest(donor, ["ema"])
+    except UserError as error:
+        raise UserError(f"config.init_from={donor}: every checkpoint is damaged") from error
+    if step is None:
+        raise UserError(f"config.init_from={donor}: no checkpoint there; give the folder of a run")
+    found = restore_item(donor, step, "ema")["network"]
+    _require_same_structure(params, found, f"config.init_from={donor}")
+    return jax.tree.map(jnp.asarray, found)
+
+
+def _require_same_structure(wanted: Any, found: Any, where: str) -> None:
+    """Raises UserError naming the first parameter that differs."""
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in leaves
+        }
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (wanted, found))
+    ]
+    for name in shapes[0] | shapes[1]:
+        needed, held = (tree.get(name, "absent") for tree in shapes)
+        if needed != held:
+            raise UserError(f"{where} does not fit: {name} is {held}, needed is {needed}")
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

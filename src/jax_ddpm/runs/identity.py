@@ -1,0 +1,158 @@
+"""What a run is: its config and its data, noted in the workdir and compared when it resumes."""
+
+import contextlib
+import json
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jax_ddpm.config import default
+from jax_ddpm.data.source import Spec
+from jax_ddpm.runtime.distributed import from_first
+from jax_ddpm.errors import UserError
+from jax_ddpm.runtime.files import replacing
+from jax_ddpm.runs import checkpoint
+
+# How long, how often and on what to run, not what is trained.
+_FREE_SECTIONS = ("sampling",)
+_FREE_FIELDS = (
+    "parallel",
+    "fsdp",
+    "deterministic",
+    "data.path",
+    "data.resident_gigabytes",
+    "model.remat",
+    "training.num_steps",
+    "training.accumulate",
+    "training.steps_per_dispatch",
+    "training.log_every",
+    "training.heldout_every",
+    "training.heldout_examples",
+    "training.sample_every",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.keep_every",
+)
+
+
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the folder, and keeps other jobs from training into it meanwhile.
+
+    Raises:
+      UserError: where it cannot be written, or another job trains there.
+    """
+    with contextlib.ExitStack() as held:
+        from_first(lambda: _claim(workdir, held))
+        yield
+
+
+def _claim(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
+    import fcntl
+
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((workdir / ".lock").open("w"))
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"--workdir={workdir}: another process trains there; wait for it or stop it"
+        ) from error
+    except OSError:
+        pass  # some network file systems have no locks
+
+
+def require_same_run(
+    workdir: pathlib.Path, config: ConfigDict, spec: Spec, accept_changes: bool = False
+) -> None:
+    """Compares with the run whose checkpoints lie in the workdir, if there is one.
+
+    Raises:
+      UserError: naming all that differs in meaning, unless changes are accepted: then it warns.
+    """
+    if not checkpoint.steps(workdir):
+        return
+    try:
+        changes = differences(load_identity(workdir), (config, spec))
+    except UserError as error:
+        if not accept_changes:
+            raise UserError(f"{error}; --accept_changes goes on with this config") from error
+        warnings.warn(f"going on with this config: {error}", stacklevel=2)
+        return
+    listed = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in changes.items())
+    if changes and not accept_changes:
+        raise UserError(
+            f"--workdir={workdir} holds a run that differs: {listed}; train into another "
+            "--workdir, or go on regardless with --accept_changes"
+        )
+    if changes:
+        warnings.warn(f"going on with changes: {listed}", stacklevel=2)
+
+
+def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None:
+    """Notes what the run is, in ``config.json`` and ``data.json``."""
+    with replacing(workdir / "config.json") as path:
+        path.write_text(config.to_json(indent=2) + "\n")
+    with replacing(workdir / "data.json") as path:
+        path.write_text(json.dumps(spec._asdict(), indent=2) + "\n")
+
+
+def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
+    """The config that a workdir was trained with and the spec of its data.
+
+    Raises:
+      UserError: where there is none, or it cannot be read.
+    """
+    try:
+        config = default()
+        config.update(json.loads((workdir / "config.json").read_text()))
+        spec = Spec(**json.loads((workdir / "data.json").read_text()))
+        height, width, channels = spec.image_shape
+    except (FileNotFoundError, NotADirectoryError) as error:
+        known = checkpoint.steps(workdir)
+        reason = f"{error.filename} is missing" if known else "no run there; train into it first"
+        raise UserError(f"--workdir={workdir}: {reason}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"--workdir={workdir}: config.json or data.json is damaged, or from another version"
+        ) from error
+    return config, spec._replace(image_shape=(height, width, channels))
+
+
+def differences(
+    old: tuple[ConfigDict, Spec], new: tuple[ConfigDict, Spec]
+) -> dict[str, tuple[Any, Any]]:
+    """What differs in meaning between two runs: field → (old, new).
+
+    The model, process, data, loss and optimiser have meaning; intervals, devices and where the data
+    lies do not, nor has the number of steps unless the learning rate decays towards it.
+    """
+    free = set(_FREE_FIELDS)
+    if "cosine" in (old[0].training.decay, new[0].training.decay):
+        free.remove("training.num_steps")
+    before, after = (
+        _fields(config.to_dict() | {"data set": spec._asdict()}) for config, spec in (old, new)
+    )
+    return {
+        field: (before.get(field), after.get(field))
+        for field in before | after
+        if before.get(field) != after.get(field)
+        and field not in free
+        and field.split(".")[0] not in _FREE_SECTIONS
+    }
+
+
+def _fields(sections: dict[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            fields |= {f"{name}.{field}": inner for field, inner in value.items()}
+        else:
+            fields[name] = value
+    return fields

@@ -1,0 +1,1 @@
+"""The machine and the job: devices, processes, signals, files."""

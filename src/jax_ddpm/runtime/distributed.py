@@ -1,0 +1,172 @@
+"""Several processes as one job: how they agree, stop together and end.
+
+All run the same program, each on its own devices. The first one decides what depends on files, and
+writes; the checkpoints alone are written by all.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jax_ddpm.errors import UserError
+from jax_ddpm.runtime.devices import make_mesh, place_rows, split, whole
+from jax_ddpm.runtime.stopping import EXIT_CODE, Poll, Stopped
+
+_POLLS_UNDER_WAY = 2
+_deciding = False
+# As XLA says it: a status and its reason.
+_LOST = re.compile("[A-Z_]+: (?s:.*)(?i:gloo|nccl|connection|coordination|barrier|heartbeat)")
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that decides and writes."""
+    return not several() or jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def own_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folder itself on the first process, on others one that vanishes afterwards."""
+    if is_first():
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield pathlib.Path(scratch)
+
+
+def from_first(decide: Callable[[], Any]) -> Any:
+    """What the first process decides, a value that JSON can keep, on all of them.
+
+    All must call this at the same place, and it returns no sooner than the first one has decided;
+    what ``decide`` calls that calls this again is of the first process alone.
+
+    Raises:
+      UserError: on all processes, where ``decide`` raises one.
+    """
+    global _deciding
+    if not several() or _deciding:
+        return decide()
+    answer: dict[str, Any] = {}
+    if is_first():
+        _deciding = True
+        try:
+            answer = {"value": decide()}
+        except UserError as error:
+            answer = {"error": str(error)}
+        finally:
+            _deciding = False
+    answer = json.loads(_broadcast(json.dumps(answer).encode()))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def _broadcast(message: bytes) -> bytes:
+    """The first process's message."""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
+    buffer = np.zeros(1 << length.bit_length(), np.uint8)  # few sizes: each is compiled
+    if is_first():
+        buffer[:length] = np.frombuffer(message, np.uint8)
+    return multihost_utils.broadcast_one_to_all(buffer)[:length].tobytes()
+
+
+def shared_poll(poll: Poll) -> Poll:
+    """A poll that raises Stopped on all processes at once, when ``poll`` does so on one.
+
+    All must poll at the same places. Each time they reduce the number of the signal over all
+    devices, and look at what came of it the time before last, so that no device waits for this.
+    """
+    if not several():
+        return poll
+    mesh = make_mesh()
+    latest = jax.jit(lambda numbers: numbers.max(), out_shardings=whole(mesh))
+    under_way: collections.deque[jax.Array] = collections.deque()
+
+    def shared() -> None:
+        number = 0
+        try:
+            poll()
+        except Stopped as request:
+            number = signal.Signals[str(request)].value
+        numbers = np.full(jax.local_device_count(), number, np.int32)
+        under_way.append(latest(place_rows(numbers, split(mesh))))
+        if len(under_way) > _POLLS_UNDER_WAY and (number := int(under_way.popleft())):
+            raise Stopped(signal.Signals(number).name)
+
+    return shared
+
+
+def lost(error: BaseException | None) -> bool:
+    """Whether an error comes of another process having stopped."""
+    if error is None or not several():
+        return False
+    if isinstance(error, RuntimeError | ValueError) and _LOST.match(str(error)):
+        return True
+    return lost(error.__cause__)
+
+
+@contextlib.contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Makes a UserError of what comes of another process having stopped."""
+    try:
+        yield
+    except Exception as error:
+        if lost(error):
+            raise UserError(
+                "another process of this job has stopped; the same command for all of them goes "
+                "on from the last checkpoint"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """To be left by all processes together, or at once, with exit code 1, by one that fails.
+
+    The others notice: mostly at once, as what they exchange data by fails too (``noticing_loss``),
+    else when its heartbeat is missed (``launch``), and then JAX aborts them (SIGABRT), saying so.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if several() and not (isinstance(error, SystemExit) and error.code == EXIT_CODE):
+            _leave(error)
+        raise
+    finally:
+        if several():
+            try:
+                with noticing_loss():
+                    multihost_utils.sync_global_devices("the end")
+            except UserError as error:
+                _leave(SystemExit(f"error: {error}"))
+            jax.distributed.shutdown()
+
+
+def _leave(error: BaseException) -> NoReturn:
+    if isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(3)  # without its coordinator JAX ends others that may be about to say the same
+    os._exit(1)

@@ -1,0 +1,1 @@
+"""What a config trains, a file each."""

@@ -1,0 +1,131 @@
+"""The objectives of classifiers: from a batch of labelled images to a loss per example."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_ddpm.diffusion.parameterisation import Parameterisation
+from jax_ddpm.diffusion.process import per_example_normal, q_sample
+from jax_ddpm.diffusion.time_sampling import TimeSampler
+from jax_ddpm.images import from_levels
+from jax_ddpm.keys import StepKeys, Stream
+from jax_ddpm.tasks import augmentation
+from jax_ddpm.training.state import Metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassificationObjective:
+    """The cross-entropy -log p(label | x) in nats, for the parameters "network".
+
+    Attributes:
+      apply: the network, ``(params, x, dropout_keys) → (features, logits)``.
+      num_levels: of the data, for scaling to [-1, 1].
+      flip, shift: mirror images at random, and move them by up to so many pixels.
+      augment: flips, shifts and dropout happen: False when measuring.
+    """
+
+    apply: Callable
+    num_levels: int
+    flip: bool
+    shift: int
+    augment: bool = True
+
+    def init(self) -> Any:
+        """No extra state."""
+        return ()
+
+    def measuring(self) -> "ClassificationObjective":
+        """The same with nothing random."""
+        return dataclasses.replace(self, augment=False)
+
+    def __call__(
+        self,
+        params: dict[str, Any],
+        extra: Any,
+        batch: dict[str, Array],
+        keys: StepKeys,
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, " batch"], Metrics, Any]:
+        x = self._images(batch, keys)
+        _, logits = self.apply(params["network"], x, self._dropout_keys(keys))
+        loss, correct = _judge(logits, batch["label"])
+        return loss, {"accuracy": (correct, jnp.ones_like(correct))}, extra
+
+    def _dropout_keys(self, keys: StepKeys) -> Any:
+        return keys.per_example(Stream.DROPOUT) if self.augment else None
+
+    def _images(self, batch: dict[str, Array], keys: StepKeys) -> Array:
+        x = from_levels(batch["image"], self.num_levels)
+        if not self.augment:
+            return x
+        flip_keys, shift_keys = jax.vmap(jax.random.split, out_axes=1)(
+            keys.per_example(Stream.FLIP)
+        )
+        if self.flip:
+            x = augmentation.flip(flip_keys, x)
+        return augmentation.shift(shift_keys, x, self.shift) if self.shift else x
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class NoisyClassificationObjective(ClassificationObjective):
+    """-log p(label | x_t) with x_t ~ q(x_t | x_0) at random times, to guide sampling by.
+
+    (Dhariwal & Nichol 2021, section 4.) The least that it can reach grows with t from what the
+    images tell to what is known without them.
+
+    Attributes:
+      apply: also takes ``time=``, ``[batch]``.
+      parameterisation: of the noise, and of what the network is fed.
+    """
+
+    parameterisation: Parameterisation
+    time_sampler: TimeSampler
+
+    def init(self) -> Any:
+        """The time sampler's state before the first step."""
+        return self.time_sampler.init()
+
+    def measuring(self) -> "NoisyClassificationObjective":
+        """The noise stays, at times spread evenly over a batch; nothing else is random."""
+        return dataclasses.replace(self, augment=False, time_sampler=self.time_sampler.measuring())
+
+    def __call__(
+        self,
+        params: dict[str, Any],
+        extra: Any,
+        batch: dict[str, Array],
+        keys: StepKeys,
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, " batch"], Metrics, Any]:
+        x0 = self._images(batch, keys)
+        position = keys.index.astype(x0.dtype) / keys.batch_size
+        t, importance = self.time_sampler.draw(
+            extra, step, keys.shared(Stream.TIME), keys.per_example(Stream.TIME), position
+        )
+        eps = per_example_normal(keys.per_example(Stream.NOISE), x0)
+        xt = q_sample(self.parameterisation.process, x0, t, eps)
+        _, logits = self.apply(
+            params["network"],
+            self.parameterisation.network_input(xt, t),
+            self._dropout_keys(keys),
+            time=self.parameterisation.network_time(t),
+        )
+        loss, correct = _judge(logits, batch["label"])
+        extra = self.time_sampler.update(extra, step, keys.gather(t), keys.gather(loss))
+        quarter = jnp.floor(4 * self.time_sampler.rank(t))
+        metrics = {"accuracy": (correct, jnp.ones_like(correct))} | {
+            f"accuracy_quarter{i + 1}": (correct & (quarter == i), quarter == i) for i in range(4)
+        }
+        return loss * importance, metrics, extra
+
+
+def _judge(
+    logits: Float[Array, "batch classes"], label: Int[Array, " batch"]
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+    """-log p(label) in nats, and whether no class is likelier."""
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)
+    return -log_likelihood[:, 0], logits.argmax(axis=1) == label

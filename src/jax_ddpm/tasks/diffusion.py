@@ -1,0 +1,142 @@
+"""The DDPM objective: from a batch of images to a loss per example."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
+from jax_ddpm.diffusion.likelihood import ModelVariance, bound_term
+from jax_ddpm.diffusion.losses import weighted_error
+from jax_ddpm.diffusion.parameterisation import Parameterisation
+from jax_ddpm.diffusion.process import expand, per_example_normal, q_sample
+from jax_ddpm.diffusion.time_sampling import TimeSampler
+from jax_ddpm.images import from_levels
+from jax_ddpm.keys import StepKeys, Stream
+from jax_ddpm.tasks import augmentation
+from jax_ddpm.training.state import Metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiffusionObjective:
+    """Denoising at random times (Ho et al. 2020, algorithm 1), for the parameters "network".
+
+    Attributes:
+      apply: the network, ``(params, x, time, conditioning, dropout_keys) → output``.
+      loss: "error", the weighted ε-error; "bound", T·L_t in bits/dim; "hybrid", the error plus
+        ``bound_weight`` times the bound, which then trains the variance alone (Nichol & Dhariwal
+        2021, eq. 16).
+      num_levels: of the data, for scaling to [-1, 1] and for the discrete decoder.
+      self_condition: half of the examples are told what the network makes of them first (Chen et
+        al. 2023, Analog bits, algorithm 1), the others 0.
+      label_drop: share of labels replaced by the null label; None without labels.
+      augment: flips, dropout and label drop happen: False when measuring.
+    """
+
+    apply: Callable
+    parameterisation: Parameterisation
+    variance: ModelVariance
+    time_sampler: TimeSampler
+    loss: str
+    weighting: str
+    bound_weight: float
+    num_levels: int
+    flip: bool
+    label_drop: float | None
+    self_condition: bool = False
+    augment: bool = True
+
+    def init(self) -> Any:
+        """The extra state before the first step."""
+        return self.time_sampler.init()
+
+    def measuring(self) -> "DiffusionObjective":
+        """Without what is random for training alone, and with times spread evenly over a batch."""
+        return dataclasses.replace(self, augment=False, time_sampler=self.time_sampler.measuring())
+
+    def __call__(
+        self,
+        params: dict[str, Any],
+        extra: Any,
+        batch: dict[str, Array],
+        keys: StepKeys,
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, " batch"], Metrics, Any]:
+        x0 = self._images(batch, keys)
+        position = keys.index.astype(x0.dtype) / keys.batch_size
+        t, importance = self.time_sampler.draw(
+            extra, step, keys.shared(Stream.TIME), keys.per_example(Stream.TIME), position
+        )
+        eps = per_example_normal(keys.per_example(Stream.NOISE), x0)
+        xt = q_sample(self.parameterisation.process, x0, t, eps)
+        dropout_keys = keys.per_example(Stream.DROPOUT) if self.augment else None
+
+        def network(conditioning: Conditioning) -> Array:
+            x, time = (
+                self.parameterisation.network_input(xt, t),
+                self.parameterisation.network_time(t),
+            )
+            return self.apply(params["network"], x, time, conditioning, dropout_keys)
+
+        conditioning = self._conditioning(batch, keys)
+        if self.self_condition:
+            first = self.parameterisation.to_prediction(network(conditioning), xt, t).x0
+            conditioning[X0_ESTIMATE] = self._told(jax.lax.stop_gradient(first), keys)
+        output = network(conditioning)
+        loss = self._loss(output, x0, xt, eps, t)
+        extra = self.time_sampler.update(extra, step, keys.gather(t), keys.gather(loss))
+        return loss * importance, self._metrics(loss, t), extra
+
+    def _images(self, batch: dict[str, Array], keys: StepKeys) -> Array:
+        x0 = from_levels(batch["image"], self.num_levels)
+        if not (self.flip and self.augment):
+            return x0
+        return augmentation.flip(keys.per_example(Stream.FLIP), x0)
+
+    def _conditioning(self, batch: dict[str, Array], keys: StepKeys) -> Conditioning:
+        if self.label_drop is None:
+            return {}
+        conditioning = {"label": batch["label"]}
+        if self.augment:
+            coin = partial(jax.random.bernoulli, p=self.label_drop)
+            conditioning["label_drop"] = jax.vmap(coin)(keys.per_example(Stream.LABEL_DROP))
+        return conditioning
+
+    def _told(self, estimate: Array, keys: StepKeys) -> Array:
+        """The estimate for half of the examples, 0 for the others; when measuring for all."""
+        if not self.augment:
+            return estimate
+        told = jax.vmap(jax.random.bernoulli)(keys.per_example(Stream.SELF_CONDITION))
+        return expand(told.astype(estimate.dtype), estimate) * estimate
+
+    def _loss(self, output: Array, x0: Array, xt: Array, eps: Array, t: Array) -> Array:
+        if self.loss == "bound":
+            return self._bound(output, x0, xt, t)
+        y, _ = self.parameterisation.split(output, t)
+        target = self.parameterisation.regression_target(x0, eps, t)
+        error = weighted_error(self.parameterisation, self.weighting, y, target, t)
+        if self.loss == "error":
+            return error
+        mean, variance = jnp.split(output, 2, axis=-1)
+        frozen_mean = jnp.concatenate([jax.lax.stop_gradient(mean), variance], axis=-1)
+        return error + self.bound_weight * self._bound(frozen_mean, x0, xt, t)
+
+    def _bound(self, output: Array, x0: Array, xt: Array, t: Array) -> Array:
+        """T·L_t in bits/dim, whose mean over uniform t is the bound less L_T."""
+        chain = self.parameterisation.process
+        assert isinstance(chain, Chain), "the bound belongs to the T-step chain"
+        prediction = self.parameterisation.to_prediction(output, xt, t)
+        nats = bound_term(chain, prediction, x0, xt, t, self.variance, self.num_levels)
+        return chain.num_timesteps / jnp.log(2.0) * nats
+
+    def _metrics(self, loss: Array, t: Array) -> Metrics:
+        quarter = jnp.floor(4 * self.time_sampler.rank(t))
+        return {
+            f"loss_quarter{i + 1}": (jnp.where(quarter == i, loss, 0), quarter == i)
+            for i in range(4)
+        }

@@ -1,0 +1,326 @@
+"""Images from files, edited by a model and written into files."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+
+from jax_ddpm import factory, images, main
+from jax_ddpm.cli import arguments as options
+from jax_ddpm.diffusion.editing import inpainting, last_steps, perturbed, projected, resampled
+from jax_ddpm.diffusion.process import per_example_normal
+from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.errors import UserError
+from jax_ddpm.inference import edits
+from jax_ddpm.inference.edits import EDITS, Request, write_edits
+from jax_ddpm.inference.trained import Trained
+from jax_ddpm.keys import Stream, stream_key
+from jax_ddpm.runtime.devices import make_mesh
+
+quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
+
+KEPT = np.array([[True] * 4, [True] * 4, [False] * 4, [True, False, False, True]])
+
+
+@pytest.fixture(scope="module")
+def make():
+    """``make(shape, num_classes, section__field=value)``: a model that has not learned a thing."""
+
+    def make(shape=(4, 4, 3), num_classes=0, **fields) -> Trained:
+        fields = {"model__class_conditional": num_classes > 0} | fields
+        network = tiny.network(shape[-1], num_classes)
+        params = jax.device_get(network.init(jax.random.key(0)))
+        spec = tiny.spec(shape, num_levels=256, num_classes=num_classes)
+        return Trained(tiny.config(**fields), spec, 4, "ema", params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            factory,
+            "make_network",
+            lambda module, x, *_: tiny.network(x.shape[-1], module.num_classes),
+        )
+        yield make
+
+
+@pytest.fixture(scope="module")
+def model(make):
+    return make()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Four colour images, the same in gray and at half the size, and a mask."""
+    folder = tmp_path_factory.mktemp("files")
+    pixels = np.random.default_rng(0).integers(40, 216, (4, 4, 4, 3), dtype=np.uint8)
+    np.savez(folder / "colour.npz", images=pixels)
+    np.savez(folder / "gray.npz", images=pixels[..., :1])
+    np.savez(folder / "small.npz", images=pixels[:, :2, :2])
+    np.savez(folder / "three.npz", images=pixels[:3])
+    images.save_png(folder / "mask.png", np.where(KEPT, 0, 255).astype(np.uint8)[..., None])
+    images.save_png(folder / "large.png", np.zeros((5, 6, 1), np.uint8))
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+def request_for(files, edit, images="colour.npz", mask="mask.png", **fields):
+    mask = files / mask if edit == "inpaint" and mask else None
+    return Request(edit, files / images, mask=mask, **{"num_samples": 3} | fields)
+
+
+def edited(model, tmp_path, request, **how):
+    """The arrays that are written."""
+    write_edits(model, tmp_path / "out.npz", request, **how)
+    with np.load(tmp_path / "out.npz") as arrays:
+        return dict(arrays)
+
+
+def pixels(files, name="colour.npz"):
+    with np.load(files / name) as arrays:
+        return arrays["images"]
+
+
+def test_every_edit_can_be_asked_for():
+    assert set(options.EDITS) == EDITS.keys()
+
+
+class TestWhatIsMade:
+    @pytest.mark.parametrize("resamplings", [1, 2])
+    def test_inpainting_keeps_what_is_black_in_the_mask(self, model, files, tmp_path, resamplings):
+        request = request_for(files, "inpaint", jump_length=3, resamplings=resamplings)
+        found = edited(model, tmp_path, request)
+        given = pixels(files)
+        assert found["images"].shape == (4, 3, 4, 4, 3)
+        np.testing.assert_array_equal(
+            found["images"][:, :, KEPT], np.repeat(given[:, None, KEPT], 3, axis=1)
+        )
+        assert np.mean(found["images"][:, :, ~KEPT] == given[:, None, ~KEPT]) < 0.1
+        np.testing.assert_array_equal(found["given"][:, KEPT], given[:, KEPT])
+        assert np.all(found["given"][:, ~KEPT] == 128), "gray"
+
+    @pytest.mark.parametrize(
+        ("edit", "axes"), [("colourise", 4), ("superres", (2, 4))], ids=["colourise", "superres"]
+    )
+    def test_the_mean_that_was_known_is_kept(self, model, files, tmp_path, edit, axes):
+        """Where nothing is cut off at black or white, to the rounding of each pixel."""
+        found = edited(model, tmp_path, request_for(files, edit, num_samples=20))
+
+        def means(x):
+            blocks = x if edit == "colourise" else x.reshape(*x.shape[:-3], 2, 2, 2, 2, 3)
+            axis = -1 if edit == "colourise" else (-4, -2)
+            return blocks.astype(float).mean(axis), ((blocks > 0) & (blocks < 255)).all(axis)
+
+        expected, _ = means(pixels(files)[:, None])
+        of_samples, whole = means(found["images"])
+        error = np.abs(of_samples - expected)[whole]
+        assert error.size > 50
+        assert error.max() <= 0.5 + 1e-3
+        np.testing.assert_allclose(means(found["given"][:, None])[0], expected, atol=0.5)
+        assert np.std(found["images"].astype(float), axis=1).max() > 10, "and the rest is free"
+
+    @pytest.mark.parametrize(
+        ("edit", "name"), [("superres", "small.npz"), ("colourise", "gray.npz")]
+    )
+    def test_takes_what_is_known_alone(self, model, files, tmp_path, edit, name):
+        """Small images to enlarge, and gray ones to colour, are the known part of themselves."""
+        found = edited(model, tmp_path, request_for(files, edit, name))
+        shown = pixels(files, name)
+        if edit == "superres":
+            shown = shown.repeat(2, axis=1).repeat(2, axis=2)
+        np.testing.assert_array_equal(found["given"], np.broadcast_to(shown, (4, 4, 4, 3)))
+
+    @pytest.mark.parametrize("edit", ["inpaint", "sdedit"])
+    def test_is_what_the_sampler_makes_with_the_keys_of_image_and_variant(
+        self, model, files, tmp_path, edit
+    ):
+        request = request_for(files, edit, strength=0.5, jump_length=2, resamplings=2)
+        found = edited(model, tmp_path, request, seed=5)
+        grid, image, variant = model.model.grid(), 2, 1
+        known = images.from_levels(jnp.asarray(pixels(files)[image : image + 1]), 256)
+        prior, steps = (
+            jax.random.fold_in(jax.random.fold_in(stream_key(jax.random.key(5), s), image), variant)
+            for s in (Stream.SAMPLE_PRIOR, Stream.SAMPLE_STEPS)
+        )
+        if edit == "inpaint":
+            sampler = projected(model.model.sampler(), grid, inpainting(KEPT), known)
+            sampler = resampled(sampler, grid, 2, 2)
+            x = per_example_normal(prior[None], known)
+        else:
+            grid = last_steps(grid, 4)
+            sampler, x = model.model.sampler(grid), perturbed(grid, known, prior[None])
+        x, _ = sample(sampler, model.model.guided_denoiser(model.params), x, steps[None], {})
+        expected = images.to_uint8(np.asarray(x))[0].astype(int)
+        np.testing.assert_allclose(found["images"][image, variant], expected, atol=1)
+
+    def test_interpolation_leads_from_one_image_of_a_pair_to_the_other(
+        self, model, files, tmp_path
+    ):
+        """As far as two steps of an untrained network leave them what they are."""
+        request = request_for(files, "interpolate", num_samples=5, strength=0.2)
+        found = edited(model, tmp_path, request)["images"].astype(float)
+        assert found.shape == (2, 5, 4, 4, 3)
+        given = pixels(files).astype(float).reshape(2, 2, 1, 4, 4, 3)
+        distance = np.square(found[:, None] - given).sum((3, 4, 5))
+        assert np.all(distance[:, 0, 0] < distance[:, 0, -1])
+        assert np.all(distance[:, 1, 0] > distance[:, 1, -1])
+
+    def test_encoding_leads_to_noise_and_back(self, make, files, tmp_path):
+        """Exactly where the predicted ε is the same everywhere: d(x/α) = ε̂ d(σ/α)."""
+        constant = make(sampling__clip=False)
+        constant.params["gain"] = np.float32(0)
+        found = edited(constant, tmp_path, request_for(files, "encode"))
+        process, (low, high) = constant.model.process, constant.model.process.time_range
+        alpha, sigma = (f(np.array([low, high])) for f in (process.alpha, process.sigma))
+        x0 = np.asarray(images.from_levels(jnp.asarray(pixels(files)), 256), float)
+        expected = alpha[1] * (x0 + 0.1 * np.diff(sigma / alpha))
+        np.testing.assert_allclose(found["noise"][:, 0], expected, atol=1e-5)
+        assert found["noise"].dtype == np.float32
+        np.testing.assert_allclose(
+            found["images"][:, 0].astype(int), pixels(files).astype(int), atol=1
+        )
+
+    def test_class_is_told(self, make, files, tmp_path):
+        conditional = make(num_classes=3)
+        first, same, other = (
+            edited(conditional, tmp_path, request_for(files, "sdedit", label=label))["images"]
+            for label in (0, 0, 2)
+        )
+        np.testing.assert_array_equal(first, same)
+        assert np.mean(first != other) > 0.5
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_depends_on_seed_image_and_variant_alone(make, model, files, tmp_path, monkeypatch, edit):
+    """Not on batches, devices or how many variants there are; interpolation divides its row."""
+    number = 3 if edit == "interpolate" else 2
+    expected = edited(model, tmp_path, request_for(files, edit))["images"]
+    mesh = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(edits.devices, "make_mesh", lambda: mesh)
+    request = request_for(files, edit, num_samples=number)
+    found = edited(make(), tmp_path, request, batch_size=3)["images"]
+    columns = expected.shape[1] if edit in ("interpolate", "encode") else number
+    np.testing.assert_allclose(found.astype(int), expected[:, :columns], atol=1)
+    if edit != "encode":
+        other = edited(make(), tmp_path, request, seed=1)["images"]
+        assert np.mean(found != other) > 0.2
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_picture_has_a_row_for_each_image_or_pair(model, files, tmp_path, edit):
+    request = request_for(files, edit)
+    arrays = edited(model, tmp_path, request)
+    write_edits(model, tmp_path / "new" / "out.png", request)
+    together = 2 if edit == "interpolate" else 1
+    given = arrays["given"].reshape(-1, together, 4, 4, 3)
+    cells = np.concatenate([given[:, :1], arrays["images"], given[:, 1:]], axis=1)
+    expected = images.grid(cells.reshape(-1, 4, 4, 3), columns=cells.shape[1])
+    np.testing.assert_array_equal(images.load_png(tmp_path / "new" / "out.png"), expected)
+
+
+class TestRefusals:
+    """In one line, before anything is drawn or written."""
+
+    @staticmethod
+    def refuses(model, request, out):
+        with pytest.raises(UserError) as caught:
+            write_edits(model, out, request, poll=lambda: pytest.fail("drawn"))
+        assert not out.is_file()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("edit", "fields", "named"),
+        [
+            ("inpaint", {"images": "nothing"}, "nothing: not a folder"),
+            ("inpaint", {"images": "small.npz"}, "of 2×2 pixels; the model makes .* of 4×4"),
+            ("inpaint", {"mask": None}, "--mask is missing"),
+            ("inpaint", {"mask": "nothing.png"}, "nothing.png: cannot be read"),
+            ("inpaint", {"mask": "broken.png"}, "broken.png: cannot be read"),
+            ("inpaint", {"mask": "large.png"}, "large.png: 6×5 pixels; the model makes 4×4"),
+            ("inpaint", {"resamplings": 2, "jump_length": 8}, "jump_length is 8; .* 1 to 7"),
+            ("superres", {"factor": 3}, "--factor=3: .* divide 4 and 4"),
+            ("superres", {"factor": 1}, "--factor=1: it must be 2 or more"),
+            ("sdedit", {"strength": 0.0}, "--strength=0.0"),
+            ("interpolate", {"strength": 1.5}, "--strength=1.5"),
+            ("interpolate", {"images": "three.npz"}, "3 images; give pairs"),
+            ("sdedit", {"label": 0}, "no classes; leave --class out"),
+        ],
+    )
+    def test_of_what_does_not_fit(self, model, files, tmp_path, edit, fields, named):
+        line = self.refuses(model, request_for(files, edit, **fields), tmp_path / "out.png")
+        assert re.search(named, line), line
+
+    def test_of_colour_for_gray_models(self, make, files, tmp_path):
+        gray, out = make((4, 4, 1)), tmp_path / "out.png"
+        assert "makes gray images" in self.refuses(gray, request_for(files, "colourise"), out)
+        line = self.refuses(gray, request_for(files, "sdedit"), out)
+        assert "colour.npz: colour images of 4×4 pixels; the model makes gray" in line
+
+    @pytest.mark.parametrize("label", [None, -1, 3])
+    def test_of_no_class_or_an_unknown_one(self, make, files, tmp_path, label):
+        request = request_for(files, "sdedit", label=label)
+        assert "0 to 2" in self.refuses(make(num_classes=3), request, tmp_path / "out.png")
+
+    def test_of_resampling_a_multistep_method(self, make, files, tmp_path):
+        request = request_for(files, "inpaint", resamplings=2, jump_length=2)
+        line = self.refuses(make(sampling__sampler="dpmpp_2m"), request, tmp_path / "out.png")
+        assert line.startswith("--edit=inpaint: only a sampler without history")
+
+    @pytest.mark.parametrize("name", ["folder", "x.jpg", ".png"])
+    def test_of_other_outputs(self, model, files, tmp_path, name):
+        assert f"--out={tmp_path / name}" in self.refuses(
+            model, request_for(files, "sdedit"), tmp_path / name
+        )
+
+
+class TestCommandLine:
+    @staticmethod
+    def run(monkeypatch, model, *given):
+        """What ``run_edit`` makes of the flags."""
+        monkeypatch.setattr(main, "_load", lambda: model)
+        with flagsaver.flagsaver():
+            flags.FLAGS(["main", *map(str, given)])
+            return main.run_edit(lambda: None)
+
+    def test_makes_a_picture_in_the_runs_folder(self, monkeypatch, model, files, tmp_path):
+        given = [f"--workdir={tmp_path}", f"--images={files / 'colour.npz'}", "--num_samples=2"]
+        out = self.run(monkeypatch, model, *given, f"--mask={files / 'mask.png'}", "--seed=3")
+        assert out == tmp_path / "inpaint.png"
+        write_edits(model, tmp_path / "x.png", request_for(files, "inpaint", num_samples=2), seed=3)
+        assert out.read_bytes() == (tmp_path / "x.png").read_bytes()
+
+    def test_hands_on_every_setting(self, monkeypatch, model, tmp_path):
+        asked = {}
+        monkeypatch.setattr(editing, "write_edits", lambda *a, **k: asked.update(vars(a[2]), **k))
+        given = {
+            "edit": "superres",
+            "images": "here",
+            "mask": "mask.png",
+            "num_samples": 7,
+            "factor": 4,
+            "strength": 0.25,
+            "jump_length": 5,
+            "resamplings": 6,
+            "class": 1,
+            "seed": 8,
+            "sample_batch": 9,
+            "out": "x.npz",
+            "workdir": tmp_path,
+        }
+        out = self.run(monkeypatch, model, *(f"--{name}={value}" for name, value in given.items()))
+        assert out == pathlib.Path("x.npz")
+        paths = {name: pathlib.Path(given[name]) for name in ("images", "mask")}
+        for name, value in (given | paths).items():
+            name = {"class": "label", "sample_batch": "batch_size"}.get(name, name)
+            assert name in ("out", "workdir") or asked[name] == value
+
+    @pytest.mark.parametrize("missing", ["workdir", "images"])
+    def test_says_what_is_missing(self, monkeypatch, model, missing):
+        given = [f"--{name}=x" for name in ("workdir", "images") if name != missing]
+        with pytest.raises(UserError, match=f"--{missing} is missing"):
+            self.run(monkeypatch, model, *given)

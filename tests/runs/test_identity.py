@@ -1,0 +1,343 @@
+"""What a run is: kept beside it, and compared field by field when it goes on."""
+
+import errno
+import fcntl
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from jax_ddpm.config import default
+from jax_ddpm.data.source import Spec
+from jax_ddpm.errors import UserError
+from jax_ddpm.runs.identity import (
+    claimed,
+    differences,
+    load_identity,
+    require_same_run,
+    save_identity,
+)
+from jax_ddpm.config.validation import validate
+
+
+def flat(sections):
+    return {
+        f"{section}.{name}" if isinstance(fields, dict) else section: value
+        for section, fields in sections.items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [(None, fields)])
+    }
+
+
+FIELDS = flat(default().to_dict())
+
+# What may change while a run goes on: how long, how often and on what it runs. Whoever adds a field
+# decides here whether it has meaning.
+FREE = {
+    "parallel",
+    "fsdp",
+    "deterministic",
+    "data.path",
+    "data.resident_gigabytes",
+    "model.remat",
+    "training.num_steps",  # while the learning rate does not decay towards it
+    "training.accumulate",
+    "training.steps_per_dispatch",
+    "training.log_every",
+    "training.heldout_every",
+    "training.heldout_examples",
+    "training.sample_every",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.keep_every",
+} | {f"sampling.{name}" for name in default().sampling}
+
+
+def another(field):
+    value = FIELDS[field]
+    if value is None:  # a placeholder
+        section, name = field.split(".")
+        return default()[section].get_type(name)(3)
+    if field == "training.decay":
+        return "cosine"
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, tuple):
+        return (*value, 4)
+    return f"{value}_other"
+
+
+def config_with(**fields):
+    config = default()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+def changed(field):
+    return config_with(**{field: another(field)})
+
+
+OTHER_SPEC = {
+    "image_shape": (4, 8, 1),
+    "num_levels": 256,
+    "num_classes": 0,
+    "split_sizes": {"train": 41, "heldout": 10},
+    "identity": "other",
+}
+
+
+class TestKeeping:
+    def test_comes_back_equal(self, tmp_path):
+        config = tiny.config(seed=3, process__name="jsd", model__channel_multipliers=(1, 2, 4))
+        spec = tiny.spec((8, 16, 3), num_levels=256)
+        save_identity(tmp_path, config, spec)
+        stored_config, stored_spec = load_identity(tmp_path)
+        assert stored_config.to_dict() == config.to_dict()
+        assert stored_spec == spec
+        assert isinstance(stored_config.model.channel_multipliers, tuple)
+        assert isinstance(stored_spec.image_shape, tuple)
+
+    @pytest.mark.parametrize("field", FIELDS)
+    def test_every_field_is_kept(self, tmp_path, field):
+        save_identity(tmp_path, changed(field), tiny.spec())
+        stored, _ = load_identity(tmp_path)
+        assert flat(stored.to_dict()) == FIELDS | {field: another(field)}
+
+    def test_a_config_gets_the_defaults_of_newer_fields(self, tmp_path):
+        """Runs stay readable when a setting is added."""
+        config = tiny.config()
+        with config.unlocked():
+            del config.training["accumulate"]
+        save_identity(tmp_path, config, tiny.spec())
+        stored, _ = load_identity(tmp_path)
+        assert stored.training.accumulate == 1
+        validate(stored, num_devices=1)
+
+    def test_is_replaced(self, tmp_path):
+        save_identity(tmp_path, tiny.config(seed=1), tiny.spec())
+        save_identity(tmp_path, tiny.config(seed=2), tiny.spec(num_classes=9))
+        config, spec = load_identity(tmp_path)
+        assert (config.seed, spec.num_classes) == (2, 9)
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "data.json"}
+
+    @pytest.mark.parametrize("moment", ["while writing", "before the rename"])
+    def test_a_kill_leaves_the_old_one(self, tmp_path, monkeypatch, moment):
+        """And does not stand in the way of the next."""
+
+        class Killed(BaseException):
+            pass
+
+        def write_half(path, text):
+            path.write_bytes(text[: len(text) // 2].encode())
+            raise Killed
+
+        def do_not_replace(*_):
+            raise Killed
+
+        save_identity(tmp_path, tiny.config(seed=1), tiny.spec())
+        with monkeypatch.context() as patch:
+            if moment == "while writing":
+                patch.setattr(pathlib.Path, "write_text", write_half)
+            else:
+                patch.setattr(pathlib.Path, "replace", do_not_replace)
+            with pytest.raises(Killed):
+                save_identity(tmp_path, tiny.config(seed=2), tiny.spec())
+        assert load_identity(tmp_path)[0].seed == 1
+        save_identity(tmp_path, tiny.config(seed=3), tiny.spec())
+        assert load_identity(tmp_path)[0].seed == 3
+
+
+class TestClaim:
+    def claim(self, workdir):
+        with claimed(workdir):
+            pass
+
+    def assert_taken(self, workdir):
+        with pytest.raises(UserError, match=f"^--workdir={workdir}: another process") as caught:
+            self.claim(workdir)
+        assert "\n" not in str(caught.value)
+
+    def test_makes_the_folder(self, tmp_path):
+        self.claim(tmp_path / "new" / "run")
+        assert (tmp_path / "new" / "run").is_dir()
+
+    def test_a_workdir_that_cannot_be_written_is_one_line_naming_it(self, tmp_path):
+        (tmp_path / "file").touch()
+        for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+            with pytest.raises(UserError, match=f"--workdir={workdir}: .*written") as caught:
+                self.claim(workdir)
+            assert "\n" not in str(caught.value)
+
+    def test_is_for_one_at_a_time(self, tmp_path):
+        with claimed(tmp_path), claimed(tmp_path / "another"):
+            self.assert_taken(tmp_path)
+            self.assert_taken(tmp_path)
+        self.claim(tmp_path)
+
+    def test_ends_with_an_error(self, tmp_path):
+        with pytest.raises(ZeroDivisionError), claimed(tmp_path):
+            raise ZeroDivisionError
+        self.claim(tmp_path)
+
+    def test_ends_with_the_process(self, tmp_path):
+        """However it ends."""
+        program = f"""
+import pathlib, sys
+from jax_ddpm.runs.identity import claimed
+with claimed(pathlib.Path({str(tmp_path)!r})):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+        pipe = subprocess.PIPE
+        with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe) as child:
+            assert child.stdout.readline() == b"claimed\n"
+            self.assert_taken(tmp_path)
+            child.kill()
+        self.claim(tmp_path)
+
+    def test_file_systems_without_locks_do_without(self, tmp_path, monkeypatch):
+        def flock(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        self.claim(tmp_path)
+
+    def test_reading_needs_none(self, tmp_path):
+        save_identity(tmp_path, tiny.config(seed=5), tiny.spec())
+        with claimed(tmp_path):
+            assert load_identity(tmp_path)[0].seed == 5
+
+
+class TestMistakes:
+    def test_nothing_there_is_one_line_naming_the_workdir(self, tmp_path):
+        with pytest.raises(UserError, match=f"--workdir={tmp_path}") as caught:
+            load_identity(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    DAMAGE = (
+        *itertools.product(
+            ("config.json", "data.json"),
+            ("", "{", "[]", "null", "3", "\udcff{}", '{"unknown": 1}'),
+        ),
+        ("config.json", '{"seed": "zero"}'),
+        ("config.json", '{"model": []}'),
+        ("data.json", "{}"),
+        ("data.json", json.dumps(tiny.spec()._asdict() | {"image_shape": [4, 4]})),
+        ("data.json", json.dumps(tiny.spec()._asdict() | {"image_shape": 4})),
+    )
+
+    @pytest.mark.parametrize(("file", "text"), DAMAGE)
+    def test_damage_is_one_line_naming_the_files(self, tmp_path, file, text):
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        (tmp_path / file).write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(UserError, match=f"--workdir={tmp_path}: .*{file}.*damaged") as caught:
+            load_identity(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("file", ["config.json", "data.json"])
+    def test_half_of_it_missing_is_one_line(self, tmp_path, file):
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        (tmp_path / file).unlink()
+        with pytest.raises(UserError, match=f"--workdir={tmp_path}"):
+            load_identity(tmp_path)
+
+
+class TestDifferences:
+    def test_the_free_fields_are_fields(self):
+        assert set(FIELDS) >= FREE
+
+    @pytest.mark.parametrize("field", FIELDS)
+    def test_each_field_is_free_or_told_with_both_values(self, field):
+        old, new = (default(), tiny.spec()), (changed(field), tiny.spec())
+        values = FIELDS[field], another(field)
+        assert differences(old, new) == ({} if field in FREE else {field: values})
+        assert differences(new, old) == ({} if field in FREE else {field: values[::-1]})
+        assert differences(new, new) == {}
+
+    def test_steps_have_meaning_where_the_rate_decays_towards_them(self):
+        short, long = (
+            (config_with(training__decay="cosine", training__num_steps=n), tiny.spec())
+            for n in (100, 200)
+        )
+        assert differences(short, long) == {"training.num_steps": (100, 200)}
+        constant = config_with(training__num_steps=200), tiny.spec()
+        assert differences(short, constant) == {
+            "training.decay": ("cosine", "constant"),
+            "training.num_steps": (100, 200),
+        }
+        assert differences(constant, short).keys() == differences(short, constant).keys()
+
+    @pytest.mark.parametrize("field", Spec._fields)
+    def test_other_data_is_told(self, field):
+        spec = tiny.spec()
+        other = spec._replace(**{field: OTHER_SPEC[field]})
+        (told,) = differences((default(), spec), (default(), other)).items()
+        assert told == (f"data set.{field}", (getattr(spec, field), OTHER_SPEC[field]))
+
+    def test_a_field_of_another_version_is_told(self):
+        config = default()
+        with config.unlocked():
+            del config.model["dropout"]
+        without, whole = (config, tiny.spec()), (default(), tiny.spec())
+        assert differences(without, whole) == {"model.dropout": (None, 0.1)}
+        assert differences(whole, without) == {"model.dropout": (0.1, None)}
+
+    def test_being_stored_changes_nothing(self, tmp_path):
+        config = config_with(seed=2**32 - 1, training__learning_rate=0.1 + 0.2)
+        save_identity(tmp_path, config, tiny.spec())
+        assert differences(load_identity(tmp_path), (config, tiny.spec())) == {}
+
+
+class TestRequireSameRun:
+    @pytest.fixture
+    def workdir(self, tmp_path):
+        """Of a run with a checkpoint."""
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+        return tmp_path
+
+    OTHER = tiny.config(training__learning_rate=0.5, model__dropout=0.25)
+
+    @pytest.mark.parametrize("state", ["new", "other", "damaged"])
+    def test_where_there_is_no_checkpoint_any_run_may_start(self, tmp_path, state):
+        if state == "other":
+            save_identity(tmp_path, self.OTHER, tiny.spec())
+        if state == "damaged":
+            (tmp_path / "config.json").write_text("{")
+        require_same_run(
+            tmp_path / "new" if state == "new" else tmp_path, tiny.config(), tiny.spec()
+        )
+
+    def test_passes_the_same_run_and_free_changes(self, workdir):
+        require_same_run(workdir, tiny.config(), tiny.spec())
+        fields = {field.replace(".", "__"): another(field) for field in FREE}
+        require_same_run(workdir, tiny.config(**fields), tiny.spec())
+
+    def test_refuses_a_change_in_one_line_with_both_values(self, workdir):
+        with pytest.raises(UserError, match=f"--workdir={workdir}") as caught:
+            require_same_run(workdir, self.OTHER, tiny.spec(num_classes=7))
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "training.learning_rate 0.0002 → 0.5" in message
+        assert "model.dropout 0.1 → 0.25" in message
+        assert "num_classes 3 → 7" in message
+        assert "--accept_changes" in message
+
+    def test_goes_on_regardless_where_told_to(self, workdir):
+        with pytest.warns(UserWarning, match=r"learning_rate 0\.0002 → 0\.5") as warned:
+            require_same_run(workdir, self.OTHER, tiny.spec(), accept_changes=True)
+        assert len(warned) == 1
+        assert "\n" not in str(warned[0].message)
+
+    def test_accepting_is_silent_where_nothing_changed(self, workdir):
+        require_same_run(workdir, tiny.config(), tiny.spec(), accept_changes=True)
+
+    def test_refuses_a_run_that_nothing_is_known_of(self, workdir):
+        (workdir / "config.json").write_text("{")
+        with pytest.raises(UserError, match=f"--workdir={workdir}"):
+            require_same_run(workdir, tiny.config(), tiny.spec())

@@ -1,0 +1,124 @@
+"""From a config to how times are drawn, and that each kind of process trains."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jax_ddpm.config.validation import validate
+from jax_ddpm.data.source import ArraySource
+from jax_ddpm.diffusion.time_densities import (
+    Continuous,
+    LogitNormalDensity,
+    LogNormalDensity,
+    UniformDensity,
+)
+from jax_ddpm.diffusion.time_sampling import LossSecondMoment, Stratified, Uniform
+from jax_ddpm.factory import make_process, make_source
+from jax_ddpm.tasks.recipe import make_objective, make_recipe, make_time_sampler
+from jax_ddpm.training.heldout import HeldOut
+from jax_ddpm.training.state import init_state
+from jax_ddpm.training.step import compile_step, spread
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("process", "name", "expected"),
+    [
+        ("cosine", "uniform", Uniform(8)),
+        ("cosine", "stratified", Stratified(8)),
+        ("cosine", "loss_second_moment", LossSecondMoment(8)),
+        ("edm", "uniform", Continuous(UniformDensity(0.002, 80.0))),
+        ("rectified_flow", "stratified", Continuous(UniformDensity(1e-5, 1.0), stratified=True)),
+        ("edm", "log_normal", Continuous(LogNormalDensity(-0.4, 1.6))),
+        ("ve", "logit_normal", Continuous(LogitNormalDensity(-0.4, 1.6))),
+    ],
+    ids=str,
+)
+def test_every_name_is_its_time_sampler(process, name, expected):
+    """Chains have steps; other times reach over the process's range, or along the density given."""
+    config = tiny.config(
+        process__name=process,
+        parameterisation__target="v",
+        sampling__num_steps=4,
+        loss__time_sampler=name,
+        loss__time_mean=-0.4,
+        loss__time_std=1.6,
+    )
+    validate(config, 1)
+    actual = make_time_sampler(config, make_process(**config.process))
+    assert type(actual) is type(expected)
+    assert actual == expected
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.mark.parametrize(
+    "name", ["digits_v", "digits_edm", "digits_flow", "digits_self_conditioned", "digits_ve"]
+)
+def test_configs_of_the_digits_train(name, mesh_of):
+    """A few steps on their data with a network of a few parameters, all finite, and each moves."""
+    config = load(name)
+    validate(config, 4)
+    source = make_source(config)
+    model = tiny.model(config, source.spec)
+    objective = make_objective(config, model)
+    recipe, mesh = make_recipe(config, objective), mesh_of(4)
+    params = {"network": model.network.init(jax.random.key(0))}
+    state = spread(init_state(recipe, params, objective.init()), mesh)
+    step, before = compile_step(recipe, state, mesh), jax.device_get(params)
+    for i in range(3):
+        batch = source.batch("train", np.arange(i, i + config.training.batch_size))
+        batches = jax.tree.map(lambda x: x[None], batch)
+        state, metrics = step(state, batches, jax.random.key(1))
+        for value in jax.tree.leaves(jax.device_get(metrics)):
+            assert np.all(np.isfinite(value))
+    after = jax.device_get(state.params)
+    moved = jax.tree.map(lambda a, b: np.any(a != b), before, after)
+    assert all(jax.tree.leaves(moved))
+
+
+CONTINUOUS = {
+    "edm": {
+        "process__name": "edm",
+        "parameterisation__target": "edm",
+        "loss__weighting": "target",
+        "loss__time_sampler": "log_normal",
+    },
+    "rectified_flow": {
+        "process__name": "rectified_flow",
+        "parameterisation__target": "velocity",
+        "loss__weighting": "target",
+        "loss__time_sampler": "logit_normal",
+    },
+    "self_conditioned": {"model__self_condition": True, "parameterisation__target": "x0"},
+}
+
+
+@pytest.mark.parametrize("fields", CONTINUOUS.values(), ids=CONTINUOUS)
+def test_held_out_loss_depends_on_parameters_alone(make_setting, mesh_of, fields):
+    """Not on the call, the batch size or devices."""
+    setting = make_setting(**fields)
+    data = tiny.batch(setting.spec, 40)
+    source = ArraySource({"train": data, "heldout": data}, num_levels=17, identity="tiny")
+    params = {"network": setting.model.network.init(jax.random.key(0))}
+
+    def measure(batch_size, num_devices):
+        mesh, seed = mesh_of(num_devices), jax.random.key(1)
+        return HeldOut(setting.objective, source, seed, mesh, batch_size, max_examples=40)
+
+    whole = measure(40, 1)
+    first = whole(params)
+    assert whole(params) == first
+    assert len(first) == 5
+    split = measure(12, 4)(params)
+    np.testing.assert_allclose([*split.values()], [*first.values()], rtol=1e-5)

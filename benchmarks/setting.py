@@ -27,7 +27,8 @@ from jax_ddpm.data.source import ArraySource
 from jax_ddpm.factory import Model
 from jax_ddpm.runtime.backend import keep_memory, set_flags
 from jax_ddpm.runtime.devices import make_mesh, place, split
-from jax_ddpm.tasks.recipe import make_objective, make_recipe
+from jax_ddpm.tasks.recipe import make_recipe
+from jax_ddpm.tasks.table import make_objective
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.state import TrainState, init_state
 from jax_ddpm.training.step import CompiledStep, compile_step, spread

@@ -26,7 +26,8 @@ from jax_ddpm.evaluation.record import save_record
 from jax_ddpm.factory import Model
 from jax_ddpm.models.remat import REMAT_POLICIES
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.tasks.recipe import make_objective, make_recipe
+from jax_ddpm.tasks.recipe import Recipe, make_recipe
+from jax_ddpm.tasks.table import make_objective
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,
     Machine,
@@ -38,7 +39,7 @@ from jax_ddpm.training.cost import (
     predict,
     step_cost,
 )
-from jax_ddpm.training.state import Recipe, TrainState, init_state
+from jax_ddpm.training.state import TrainState, init_state
 from jax_ddpm.training.step import compile_step, fsdp_spec
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,7 +14,8 @@ import tiny
 
 from jax_ddpm import factory
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.tasks.recipe import make_objective, make_recipe
+from jax_ddpm.tasks.recipe import make_recipe
+from jax_ddpm.tasks.table import make_objective
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
 

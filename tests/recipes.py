@@ -11,7 +11,7 @@ from jax_ddpm.data.source import Spec
 from jax_ddpm.factory import Model
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.tasks.diffusion import DiffusionObjective
-from jax_ddpm.tasks.recipe import make_objective
+from jax_ddpm.tasks.table import make_objective
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -34,8 +34,14 @@ from jax_ddpm.diffusion.samplers.grid import GRIDS, Grid, to_clean
 from jax_ddpm.diffusion.samplers.loop import Sampler
 from jax_ddpm.diffusion.samplers.methods import METHODS, usual_grid
 from jax_ddpm.diffusion.thresholding import ClippedDenoiser, ThresholdedDenoiser
+from jax_ddpm.diffusion.time_densities import (
+    Continuous,
+    LogitNormalDensity,
+    LogNormalDensity,
+    UniformDensity,
+)
+from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS, TimeSampler
 from jax_ddpm.errors import UserError
-from jax_ddpm.models.classifier import ResNet
 from jax_ddpm.models.network import Network, make_network
 from jax_ddpm.models.unet import UNet
 
@@ -56,7 +62,7 @@ def make_source(config: ConfigDict) -> Source:
     return source
 
 
-def _module_fields(config: ConfigDict, module: type) -> dict[str, Any]:
+def module_fields(config: ConfigDict, module: type) -> dict[str, Any]:
     """The fields of the section ``model`` that a network has."""
     fields = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
     known = {field.name for field in dataclasses.fields(module)}
@@ -82,7 +88,7 @@ class Companions(NamedTuple):
 ALONE = Companions()
 
 
-def _process_and_meaning(config: ConfigDict) -> tuple[Process, Parameterisation]:
+def make_parameterisation(config: ConfigDict) -> tuple[Process, Parameterisation]:
     """The process of training, and what the network is fed and gives in it."""
     meaning, process = config.parameterisation, make_process(**config.process)
     length = process.num_timesteps if isinstance(process, Chain) else 1
@@ -110,7 +116,7 @@ class Model:
 
     def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
         self.spec, self._sampling = spec, config.sampling
-        self.process, self.parameterisation = _process_and_meaning(config)
+        self.process, self.parameterisation = make_parameterisation(config)
         in_output = self.parameterisation.variance != "none"
         self.variance: ModelVariance = "learned" if in_output else config.parameterisation.variance
         self.num_classes = spec.num_classes if config.model.class_conditional else 0
@@ -120,7 +126,7 @@ class Model:
             UNet(
                 out_channels=spec.image_shape[-1] * (2 if in_output else 1),
                 num_classes=self.num_classes,
-                **_module_fields(config, UNet),
+                **module_fields(config, UNet),
             ),
             jnp.zeros((1, *spec.image_shape)),
             jnp.zeros(1),
@@ -211,36 +217,13 @@ class Model:
         return method.make(grid, **options)
 
 
-class Classifier:
-    """The network that tells the classes of the data apart: ``x → (features, logits)``."""
-
-    def __init__(self, config: ConfigDict, spec: Spec):
-        self.spec, self.num_classes = spec, spec.num_classes
-        self.network: Network = make_network(
-            ResNet(num_classes=spec.num_classes, **_module_fields(config, ResNet)),
-            *self._example_inputs(),
-        )
-
-    def _example_inputs(self) -> tuple[Any, ...]:
-        return (jnp.zeros((1, *self.spec.image_shape)),)
-
-
-class NoisyClassifier(Classifier):
-    """The same of x_t, to guide by: ``(x_t, dropout_keys, time) → (features, logits)``."""
-
-    def __init__(self, config: ConfigDict, spec: Spec):
-        super().__init__(config, spec)
-        self.process, self.parameterisation = _process_and_meaning(config)
-
-    def _example_inputs(self) -> tuple[Any, ...]:
-        return (*super()._example_inputs(), None, jnp.zeros(1))
-
-
-def make_model(config: ConfigDict, spec: Spec) -> Model | Classifier:
-    """What ``config.task`` trains."""
-    models: dict[str, type[Model | Classifier]] = {
-        "diffusion": Model,
-        "classification": Classifier,
-        "noisy_classification": NoisyClassifier,
-    }
-    return models[config.task](config, spec)
+def make_time_sampler(config: ConfigDict, process: Process) -> TimeSampler:
+    """How the times of training are drawn."""
+    name, loss = config.loss.time_sampler, config.loss
+    if isinstance(process, Chain):
+        return TIME_SAMPLERS[name](process.num_timesteps)
+    if name == "log_normal":
+        return Continuous(LogNormalDensity(loss.time_mean, loss.time_std))
+    if name == "logit_normal":
+        return Continuous(LogitNormalDensity(loss.time_mean, loss.time_std))
+    return Continuous(UniformDensity(*process.time_range), stratified=name == "stratified")

@@ -19,6 +19,7 @@ from jax_ddpm.models.classifier import ResNet
 from jax_ddpm.models.network import Network
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import save_identity
+from jax_ddpm.tasks.table import make_model
 from jax_ddpm.training.state import TrainState
 
 WIDTH = 6
@@ -60,7 +61,7 @@ def make_run(workdir, **fields):
     """A run with a checkpoint at step 4, as if it had been trained."""
     config = tiny.config(**fields)
     spec = factory.make_source(config).spec
-    params = {"network": jax.device_get(factory.make_model(config, spec).network.init(KEY))}
+    params = {"network": jax.device_get(make_model(config, spec).network.init(KEY))}
     averaged = jax.tree.map(lambda leaf: leaf + np.float32(0.01), params)
     state = TrainState(np.int32(4), params, averaged, ({"mu": jnp.zeros(2)},), ())
     save_identity(workdir, config, spec)

@@ -13,6 +13,7 @@ from jax_ddpm.config import default, validation
 from jax_ddpm.config.validation import validate, validate_for_data
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.errors import UserError
+from jax_ddpm.tasks.table import make_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -93,7 +94,7 @@ def test_classifiers_have_few_features_and_are_measured_on_all_held_out_images(
 ):
     config = named(name)
     validate_for_data(config, shape, num_classes=10)
-    network = factory.make_model(config, tiny.spec(shape, num_classes=10)).network
+    network = make_model(config, tiny.spec(shape, num_classes=10)).network
     params = network.init(jax.random.key(0))
     assert params["logits"]["kernel"].shape == (64, 10)
     assert config.training.heldout_examples >= heldout

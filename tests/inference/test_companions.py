@@ -14,6 +14,7 @@ from jax_ddpm.models.network import Network
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import save_identity
+from jax_ddpm.tasks.table import make_model
 from jax_ddpm.training.state import TrainState
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
@@ -56,7 +57,7 @@ def make(tmp_path_factory):
         workdir = tmp_path_factory.mktemp("run")
         spec = factory.make_source(config).spec
         save_identity(workdir, config, spec)
-        params = factory.make_model(config, spec).network.init(jax.random.key(0))
+        params = make_model(config, spec).network.init(jax.random.key(0))
         with Checkpoints(workdir, keep_last=2, keep_every=0) as checkpoints:
             for step, scale in ((1, 0.5), (2, 1.0)):
                 network = {"network": jax.tree.map(lambda p, scale=scale: scale * p, params)}

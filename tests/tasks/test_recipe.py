@@ -17,8 +17,9 @@ from jax_ddpm.diffusion.time_densities import (
     UniformDensity,
 )
 from jax_ddpm.diffusion.time_sampling import LossSecondMoment, Stratified, Uniform
-from jax_ddpm.factory import make_process, make_source
-from jax_ddpm.tasks.recipe import make_objective, make_recipe, make_time_sampler
+from jax_ddpm.factory import make_process, make_source, make_time_sampler
+from jax_ddpm.tasks.recipe import make_recipe
+from jax_ddpm.tasks.table import make_objective
 from jax_ddpm.training.heldout import HeldOut
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread

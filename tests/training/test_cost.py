@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm import factory
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.tasks.recipe import make_objective, make_recipe
+from jax_ddpm.tasks.recipe import make_recipe
+from jax_ddpm.tasks.table import make_objective
 from jax_ddpm.training.arithmetic import activation_bytes, flops
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from jax_ddpm import factory
-from jax_ddpm.tasks.recipe import make_objective, make_recipe
+from jax_ddpm.tasks.recipe import make_recipe
+from jax_ddpm.tasks.table import make_objective
 from jax_ddpm.training.loop import train
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread

@@ -12,8 +12,8 @@ import tiny
 from jax_ddpm.keys import Stream
 from jax_ddpm.runtime.devices import make_mesh, split, whole
 from jax_ddpm.tasks.adam import clipped_adam
-from jax_ddpm.tasks.recipe import make_learning_rate, make_recipe
-from jax_ddpm.training.state import Average, Phase, Recipe, init_state
+from jax_ddpm.tasks.recipe import Average, Phase, Recipe, make_learning_rate, make_recipe
+from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
 
 SEED = jax.random.key(7)

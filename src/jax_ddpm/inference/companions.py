@@ -15,6 +15,8 @@ from jax_ddpm.factory import ALONE, Companions
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import choose_step, digest
 from jax_ddpm.runs.identity import load_identity
+from jax_ddpm.tasks.classification import NoisyImageClassifier
+from jax_ddpm.tasks.table import make_model
 
 _TASK_OF_GUIDE = {"classifier": "noisy_classification", "autoguidance": "diffusion"}
 
@@ -50,10 +52,10 @@ def load_companions(
     params = checkpoint.restore_item(guide, guide_step, item)["network"]
     record = companions.record | {"guide_sha256": digest(params)}
     companions = companions._replace(record=record)
-    model = factory.make_model(guide_config, guide_spec)
+    model = make_model(guide_config, guide_spec)
     if isinstance(model, factory.Model):
         return companions._replace(guide=model.denoiser(params, clip=False))
-    assert isinstance(model, factory.NoisyClassifier)
+    assert isinstance(model, NoisyImageClassifier)
     classifier = NoisyClassifier(params, model.network.apply, model.parameterisation)
     return companions._replace(guide=classifier, num_classes=model.num_classes)
 

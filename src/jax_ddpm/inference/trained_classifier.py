@@ -16,6 +16,7 @@ from jax_ddpm.images import from_levels
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.identity import load_identity
+from jax_ddpm.tasks.classification import ImageClassifier
 
 _BATCH_SIZE = 256
 
@@ -33,7 +34,7 @@ class TrainedClassifier:
 
     def __init__(self, config: ConfigDict, spec: Spec, step: int, params: Any, source: Source):
         self.config, self.spec, self.step, self.params = config, spec, step, params
-        self.model = factory.Classifier(config, spec)
+        self.model = ImageClassifier(config, spec)
         self.record = {
             "kind": "classifier",
             "checkpoint_step": step,

@@ -1,4 +1,4 @@
-"""The objectives of classifiers: from a batch of labelled images to a loss per example."""
+"""Classifiers, of clean and of noisy images, and what their training minimises."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,14 +7,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
 
+from jax_ddpm import factory
+from jax_ddpm.data.source import Spec
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import per_example_normal, q_sample
 from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
+from jax_ddpm.models.classifier import ResNet
+from jax_ddpm.models.network import Network, make_network
 from jax_ddpm.tasks import augmentation
-from jax_ddpm.training.state import Metrics
+from jax_ddpm.tasks.objective import Metrics, Task
+
+
+class ImageClassifier:
+    """The network that tells the classes of the data apart: ``x → (features, logits)``."""
+
+    def __init__(self, config: ConfigDict, spec: Spec):
+        self.spec, self.num_classes = spec, spec.num_classes
+        self.network: Network = make_network(
+            ResNet(num_classes=spec.num_classes, **factory.module_fields(config, ResNet)),
+            *self._example_inputs(),
+        )
+
+    def _example_inputs(self) -> tuple[Any, ...]:
+        return (jnp.zeros((1, *self.spec.image_shape)),)
+
+
+class NoisyImageClassifier(ImageClassifier):
+    """The same of x_t, to guide by: ``(x_t, dropout_keys, time) → (features, logits)``."""
+
+    def __init__(self, config: ConfigDict, spec: Spec):
+        super().__init__(config, spec)
+        self.process, self.parameterisation = factory.make_parameterisation(config)
+
+    def _example_inputs(self) -> tuple[Any, ...]:
+        return (*super()._example_inputs(), None, jnp.zeros(1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,3 +159,30 @@ def _judge(
     """-log p(label) in nats, and whether no class is likelier."""
     log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)
     return -log_likelihood[:, 0], logits.argmax(axis=1) == label
+
+
+def _fields(config: ConfigDict, model: ImageClassifier) -> dict[str, Any]:
+    return {
+        "apply": model.network.apply,
+        "num_levels": model.spec.num_levels,
+        "flip": config.data.flip,
+        "shift": config.data.shift,
+    }
+
+
+def _objective(config: ConfigDict, model: ImageClassifier) -> ClassificationObjective:
+    return ClassificationObjective(**_fields(config, model))
+
+
+def _noisy_objective(
+    config: ConfigDict, model: NoisyImageClassifier
+) -> NoisyClassificationObjective:
+    return NoisyClassificationObjective(
+        **_fields(config, model),
+        parameterisation=model.parameterisation,
+        time_sampler=factory.make_time_sampler(config, model.process),
+    )
+
+
+CLASSIFICATION = Task(ImageClassifier, _objective, network="resnet")
+NOISY_CLASSIFICATION = Task(NoisyImageClassifier, _noisy_objective, network="resnet")

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
+from jax_ddpm import factory
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
 from jax_ddpm.diffusion.likelihood import ModelVariance, bound_term
@@ -19,7 +21,7 @@ from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
 from jax_ddpm.tasks import augmentation
-from jax_ddpm.training.state import Metrics
+from jax_ddpm.tasks.objective import Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,3 +142,22 @@ class DiffusionObjective:
             f"loss_quarter{i + 1}": (jnp.where(quarter == i, loss, 0), quarter == i)
             for i in range(4)
         }
+
+
+def _objective(config: ConfigDict, model: factory.Model) -> DiffusionObjective:
+    return DiffusionObjective(
+        apply=model.network.apply,
+        parameterisation=model.parameterisation,
+        variance=model.variance,
+        time_sampler=factory.make_time_sampler(config, model.process),
+        loss=config.loss.kind,
+        weighting=config.loss.weighting,
+        bound_weight=config.loss.bound_weight,
+        num_levels=model.spec.num_levels,
+        flip=config.data.flip,
+        label_drop=config.training.label_drop if model.num_classes else None,
+        self_condition=model.self_condition,
+    )
+
+
+DIFFUSION = Task(factory.Model, _objective, network="unet")

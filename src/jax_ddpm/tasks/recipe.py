@@ -1,71 +1,43 @@
-"""From config to objective and optimiser."""
+"""How to train: the phases of a step, their optimisers, the averages that are kept."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.process import Process
-from jax_ddpm.diffusion.time_densities import (
-    Continuous,
-    LogitNormalDensity,
-    LogNormalDensity,
-    UniformDensity,
-)
-from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS, TimeSampler
-from jax_ddpm.factory import Classifier, Model, NoisyClassifier
 from jax_ddpm.tasks.adam import clipped_adam
-from jax_ddpm.tasks.classification import (
-    ClassificationObjective,
-    NoisyClassificationObjective,
-)
-from jax_ddpm.tasks.diffusion import DiffusionObjective
-from jax_ddpm.training.state import Average, Objective, Phase, Recipe
+from jax_ddpm.tasks.objective import Objective
 
 
-def make_objective(
-    config: ConfigDict, model: Model | Classifier
-) -> DiffusionObjective | ClassificationObjective:
-    """What training minimises."""
-    if isinstance(model, Classifier):
-        fields = dict(
-            apply=model.network.apply,
-            num_levels=model.spec.num_levels,
-            flip=config.data.flip,
-            shift=config.data.shift,
-        )
-        if not isinstance(model, NoisyClassifier):
-            return ClassificationObjective(**fields)
-        return NoisyClassificationObjective(
-            **fields,
-            parameterisation=model.parameterisation,
-            time_sampler=make_time_sampler(config, model.process),
-        )
-    return DiffusionObjective(
-        apply=model.network.apply,
-        parameterisation=model.parameterisation,
-        variance=model.variance,
-        time_sampler=make_time_sampler(config, model.process),
-        loss=config.loss.kind,
-        weighting=config.loss.weighting,
-        bound_weight=config.loss.bound_weight,
-        num_levels=model.spec.num_levels,
-        flip=config.data.flip,
-        label_drop=config.training.label_drop if model.num_classes else None,
-        self_condition=model.self_condition,
-    )
+class Phase(NamedTuple):
+    """One objective and the named parameters that its optimiser updates.
+
+    The optimiser's update takes the gradients' global ``norm``, and ``finite``; where that is false
+    it shall change nothing.
+    ``learning_rate`` is its schedule, step → rate, for the log.
+    """
+
+    objective: Objective
+    trains: tuple[str, ...]
+    optimiser: optax.GradientTransformationExtraArgs
+    learning_rate: Callable[[Any], Any]
 
 
-def make_time_sampler(config: ConfigDict, process: Process) -> TimeSampler:
-    """How the times of training are drawn."""
-    name, loss = config.loss.time_sampler, config.loss
-    if isinstance(process, Chain):
-        return TIME_SAMPLERS[name](process.num_timesteps)
-    if name == "log_normal":
-        return Continuous(LogNormalDensity(loss.time_mean, loss.time_std))
-    if name == "logit_normal":
-        return Continuous(LogitNormalDensity(loss.time_mean, loss.time_std))
-    return Continuous(UniformDensity(*process.time_range), stratified=name == "stratified")
+class Average(NamedTuple):
+    """An exponential moving average of the parameters ``source``, with decay(step)."""
+
+    source: str
+    decay: Callable[[Any], Any]
+
+
+class Recipe(NamedTuple):
+    """How to train: the phases of every step, the averages kept, micro-batches per step."""
+
+    phases: tuple[Phase, ...]
+    averages: dict[str, Average]
+    accumulate: int = 1
 
 
 def make_recipe(config: ConfigDict, objective: Objective) -> Recipe:

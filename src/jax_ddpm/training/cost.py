@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jax_ddpm.keys import StepKeys
+from jax_ddpm.tasks.recipe import Recipe
 from jax_ddpm.training.arithmetic import (
     activation_bytes,
     array_bytes,
@@ -22,7 +23,7 @@ from jax_ddpm.training.arithmetic import (
     product_flops,
     total_of,
 )
-from jax_ddpm.training.state import Recipe, TrainState
+from jax_ddpm.training.state import TrainState
 from jax_ddpm.training.step import fsdp_spec
 
 # XLA joins collectives into one until it has so many bytes (collective_utils.h).

@@ -1,6 +1,6 @@
 """The objective measured on data that training never sees."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,8 @@ from jax_ddpm.data.source import Source
 from jax_ddpm.keys import StepKeys, Stream, stream_key
 from jax_ddpm.runtime.devices import compile_over, fetch, place, split, whole
 from jax_ddpm.runtime.stopping import Poll, never
+from jax_ddpm.tasks.objective import Measurable
 from jax_ddpm.training.meter import weighted_means
-from jax_ddpm.training.state import Objective
-
-
-@runtime_checkable
-class Measurable(Objective, Protocol):
-    """An objective that can do without the randomness of training."""
-
-    def init(self) -> Any:
-        """Its extra state before the first step."""
-        ...
-
-    def measuring(self) -> "Measurable":
-        """The same without augmentation and dropout."""
-        ...
 
 
 class HeldOut:

@@ -21,7 +21,8 @@ from jax_ddpm.runs.identity import claimed, require_same_run, save_identity
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first, own_folder
 from jax_ddpm.runtime.stopping import Poll, Stopped, never
-from jax_ddpm.tasks.recipe import make_objective, make_recipe
+from jax_ddpm.tasks.recipe import make_recipe
+from jax_ddpm.tasks.table import make_model, make_objective
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.heldout import HeldOut
 from jax_ddpm.training.meter import Meter, MetricWriter, NonFinite, Progress
@@ -92,7 +93,7 @@ def _train(
     poll: Poll,
 ) -> pathlib.Path:
     """``own`` is where this process writes all but the checkpoints."""
-    model = factory.make_model(config, source.spec)
+    model = make_model(config, source.spec)
     objective = make_objective(config, model)
     recipe = make_recipe(config, objective)
     every, batch_size = config.training, config.training.batch_size

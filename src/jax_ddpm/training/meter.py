@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.training.state import Metrics
+from jax_ddpm.tasks.objective import Metrics
 
 
 def weighted_means(sums: Mapping[str, Any]) -> dict[str, float]:

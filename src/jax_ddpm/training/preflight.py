@@ -20,7 +20,8 @@ from jax_ddpm.runs.identity import require_same_run
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first
 from jax_ddpm.runtime.stopping import Poll, never
-from jax_ddpm.tasks.recipe import make_objective, make_recipe
+from jax_ddpm.tasks.recipe import make_recipe
+from jax_ddpm.tasks.table import make_model, make_objective
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
@@ -96,7 +97,7 @@ class Preflight:
 
     def parameters(self) -> str:
         """The state before the first step."""
-        model = factory.make_model(self.config, self.source.spec)
+        model = make_model(self.config, self.source.spec)
         objective = make_objective(self.config, model)
         self.recipe = make_recipe(self.config, objective)
         self.seed = jax.random.key(self.config.seed)

@@ -1,63 +1,12 @@
-"""What training carries from step to step, and the recipe that says how."""
+"""What training carries from step to step."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from jax_ddpm.keys import StepKeys
-
-# A metric is a weighted sum and its weight, so that means over examples, micro-batches, devices
-# and steps are exact, also where a batch has no example of a kind.
-Metrics = dict[str, tuple[Array, Array]]
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """What a phase minimises: the mean of the losses over the global batch."""
-
-    def __call__(
-        self,
-        params: dict[str, Any],
-        extra: Any,
-        batch: dict[str, Array],
-        keys: StepKeys,
-        step: Int[Array, ""],
-    ) -> tuple[Float[Array, " batch"], Metrics, Any]:
-        """Loss per example; metrics, each as values and weights ``[batch]``; the new extra."""
-        ...
-
-
-class Phase(NamedTuple):
-    """One objective and the named parameters that its optimiser updates.
-
-    The optimiser's update takes the gradients' global ``norm``, and ``finite``; where that is false
-    it shall change nothing.
-    ``learning_rate`` is its schedule, step → rate, for the log.
-    """
-
-    objective: Objective
-    trains: tuple[str, ...]
-    optimiser: optax.GradientTransformationExtraArgs
-    learning_rate: Callable[[Any], Any]
-
-
-class Average(NamedTuple):
-    """An exponential moving average of the parameters ``source``, with decay(step)."""
-
-    source: str
-    decay: Callable[[Any], Any]
-
-
-class Recipe(NamedTuple):
-    """How to train: the phases of every step, the averages kept, micro-batches per step."""
-
-    phases: tuple[Phase, ...]
-    averages: dict[str, Average]
-    accumulate: int = 1
+from jax_ddpm.tasks.recipe import Recipe
 
 
 class TrainState(NamedTuple):

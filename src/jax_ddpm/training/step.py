@@ -19,7 +19,9 @@ from jaxtyping import Array
 
 from jax_ddpm.keys import StepKeys
 from jax_ddpm.runtime import devices
-from jax_ddpm.training.state import Metrics, Phase, Recipe, TrainState
+from jax_ddpm.tasks.objective import Metrics
+from jax_ddpm.tasks.recipe import Phase, Recipe
+from jax_ddpm.training.state import TrainState
 
 # Below this many elements an array is not worth a program, or a collective, of its own.
 _SMALL = 2**12

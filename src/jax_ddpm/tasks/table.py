@@ -1,0 +1,26 @@
+"""What a config can train, by name."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jax_ddpm.data.source import Spec
+from jax_ddpm.tasks.classification import CLASSIFICATION, NOISY_CLASSIFICATION
+from jax_ddpm.tasks.diffusion import DIFFUSION
+from jax_ddpm.tasks.objective import Measurable, Task
+
+TASKS: dict[str, Task] = {
+    "diffusion": DIFFUSION,
+    "classification": CLASSIFICATION,
+    "noisy_classification": NOISY_CLASSIFICATION,
+}
+
+
+def make_model(config: ConfigDict, spec: Spec) -> Any:
+    """The model that ``config.task`` trains."""
+    return TASKS[config.task].model(config, spec)
+
+
+def make_objective(config: ConfigDict, model: Any) -> Measurable:
+    """What training that model minimises."""
+    return TASKS[config.task].objective(config, model)

@@ -1,20 +1,17 @@
-"""From config to parts: explicit functions and dictionaries, the one place where they meet."""
+"""From config to parts, the one place where they meet."""
 
-import dataclasses
+import inspect
+import operator
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_ddpm.config.validation import validate_for_data
-from jax_ddpm.data.cifar10 import cifar10
-from jax_ddpm.data.digits import digits
-from jax_ddpm.data.folder import folder
-from jax_ddpm.data.idx import idx
-from jax_ddpm.data.npz import npz
 from jax_ddpm.data.source import Source, Spec
-from jax_ddpm.data.tfds import tfds
+from jax_ddpm.data.table import SOURCES
+from jax_ddpm.diffusion import processes
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.denoiser import Denoiser, InProcess, NetworkDenoiser
 from jax_ddpm.diffusion.guidance import (
@@ -29,10 +26,9 @@ from jax_ddpm.diffusion.likelihood import ModelVariance
 from jax_ddpm.diffusion.optimal_variance import X0Error, optimal_variance
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import Process
-from jax_ddpm.diffusion.processes import make_process, over_the_range_of
 from jax_ddpm.diffusion.samplers.grid import GRIDS, Grid, to_clean
 from jax_ddpm.diffusion.samplers.loop import Sampler
-from jax_ddpm.diffusion.samplers.methods import METHODS, usual_grid
+from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
 from jax_ddpm.diffusion.thresholding import ClippedDenoiser, ThresholdedDenoiser
 from jax_ddpm.diffusion.time_densities import (
     Continuous,
@@ -43,30 +39,64 @@ from jax_ddpm.diffusion.time_densities import (
 from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS, TimeSampler
 from jax_ddpm.errors import UserError
 from jax_ddpm.models.network import Network, make_network
-from jax_ddpm.models.unet import UNet
-
-SOURCES = {
-    "digits": lambda data: digits(),
-    "npz": lambda data: npz(data.path),
-    "idx": lambda data: idx(data.path),
-    "cifar10": lambda data: cifar10(data.path),
-    "folder": lambda data: folder(data.path, data.image_size),
-    "tfds": lambda data: tfds(data.name, data.path, data.image_size),
-}
+from jax_ddpm.models.table import NETWORKS
+from jax_ddpm.options import OneOf, Table, naming, require, taken
 
 
 def make_source(config: ConfigDict) -> Source:
-    """The data set, checked against the config."""
-    source = SOURCES[config.data.source](config.data)
-    validate_for_data(config, source.spec.image_shape, source.spec.num_classes)
-    return source
+    """The data set that a config says."""
+    row = SOURCES[config.data.source]
+    return row(**taken(row, config.data))
 
 
-def module_fields(config: ConfigDict, module: type) -> dict[str, Any]:
-    """The fields of the section ``model`` that a network has."""
-    fields = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
-    known = {field.name for field in dataclasses.fields(module)}
-    return {name: value for name, value in fields.items() if name in known}
+def make_process(config: ConfigDict) -> Process:
+    """The noise process of training."""
+    with naming("process"):
+        return processes.make_process(**config.process)
+
+
+def make_parameterisation(config: ConfigDict) -> Parameterisation:
+    """What the network is fed and gives, in the process of training."""
+    fields, process = config.parameterisation, make_process(config)
+    length = process.num_timesteps if isinstance(process, Chain) else 1
+    learned = fields.variance in ("learned", "learned_range")
+    with naming("parameterisation", f"process.name={config.process.name}"):
+        return Parameterisation(
+            process,
+            time_scale=1000 / length,
+            variance=fields.variance if learned else "none",
+            **taken(Parameterisation, fields),
+        )
+
+
+def make_module(
+    config: ConfigDict,
+    networks: Table,
+    image_shape: tuple[int, int, int] | None = None,
+    **given: Any,
+) -> nn.Module:
+    """The network that ``config.model`` says, of a table whose first row is the usual one.
+
+    ``given`` is what a network gets from the model, as far as it has such attributes.
+
+    Raises:
+      UserError: where it is no network of the table, or does not fit the options or the images.
+    """
+    name = config.model.name or next(iter(networks))
+    require(config, "model.name", lambda _: name in networks, f"{OneOf(networks).must_be} here")
+    row, model = networks[name], config.model
+    attributes = inspect.signature(row).parameters
+    for field, attribute in (("class_conditional", "num_classes"), ("self_condition",) * 2):
+        if attribute not in attributes:
+            must_be = f"False: the network {name} is not told of it"
+            require(config, f"model.{field}", operator.not_, must_be)
+    given |= {"self_condition": model.self_condition, "dtype": jnp.dtype(model.dtype)}
+    known = {key: value for key, value in given.items() if key in attributes}
+    with naming("model"):
+        module = row(**known, **taken(row, model))
+        if check := getattr(module, "check", None):
+            check(image_shape)
+    return module
 
 
 class Companions(NamedTuple):
@@ -88,22 +118,6 @@ class Companions(NamedTuple):
 ALONE = Companions()
 
 
-def make_parameterisation(config: ConfigDict) -> tuple[Process, Parameterisation]:
-    """The process of training, and what the network is fed and gives in it."""
-    meaning, process = config.parameterisation, make_process(**config.process)
-    length = process.num_timesteps if isinstance(process, Chain) else 1
-    in_output = meaning.variance in ("learned", "learned_range")
-    return process, Parameterisation(
-        process,
-        meaning.target,
-        time_scale=1000 / length,
-        condition_on=meaning.condition_on,
-        data_std=meaning.data_std,
-        normalise_input=meaning.normalise_input,
-        variance=meaning.variance if in_output else "none",
-    )
-
-
 class Model:
     """What training and sampling share: the process, the network and what its output means.
 
@@ -115,26 +129,38 @@ class Model:
     """
 
     def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
+        require(
+            config,
+            "model.class_conditional",
+            lambda value: not value or spec.num_classes > 0,
+            "False: this data has no labels",
+        )
+        require(
+            config,
+            "sampling.negative_class",
+            lambda value: value is None or value < spec.num_classes,
+            f"one of this data's classes, 0 to {spec.num_classes - 1}",
+        )
         self.spec, self._sampling = spec, config.sampling
-        self.process, self.parameterisation = make_parameterisation(config)
+        self.parameterisation = make_parameterisation(config)
+        self.process = self.parameterisation.process
         in_output = self.parameterisation.variance != "none"
         self.variance: ModelVariance = "learned" if in_output else config.parameterisation.variance
         self.num_classes = spec.num_classes if config.model.class_conditional else 0
         self.label_classes = self.num_classes or companions.num_classes
         self.self_condition = config.model.self_condition
-        self.network: Network = make_network(
-            UNet(
-                out_channels=spec.image_shape[-1] * (2 if in_output else 1),
-                num_classes=self.num_classes,
-                **module_fields(config, UNet),
-            ),
-            jnp.zeros((1, *spec.image_shape)),
-            jnp.zeros(1),
-            {},
+        channels = spec.image_shape[-1]
+        module = make_module(
+            config,
+            NETWORKS,
+            spec.image_shape,
+            out_channels=2 * channels if in_output else channels,
+            num_classes=self.num_classes,
         )
-        self.sampling_process = self.process
-        if self._sampling.process:
-            self.sampling_process = over_the_range_of(self.process, self._sampling.process)
+        self.network: Network = make_network(
+            module, jnp.zeros((1, *spec.image_shape)), jnp.zeros(1), {}
+        )
+        self.sampling_process = make_sampling_process(config, self.process)
         self._companions = companions
 
     @property
@@ -193,7 +219,24 @@ class Model:
 
     def grid(self) -> Grid:
         """Where sampling goes, from noise to clean data."""
-        sampling, process = self._sampling, self.sampling_process
+        return make_grid(self._sampling, self.sampling_process)
+
+    def sampler(self, grid: Grid | None = None) -> Sampler:
+        """What ``sampling`` says, down its own grid or another."""
+        return make_sampler(
+            self._sampling, grid or self.grid(), self.variance, self._companions.x0_error
+        )
+
+
+def make_sampling_process(config: ConfigDict, trained: Process) -> Process:
+    """The process to sample in, the trained one unless ``sampling.process`` says another."""
+    name = config.sampling.process
+    return processes.over_the_range_of(trained, name) if name else trained
+
+
+def make_grid(sampling: ConfigDict, process: Process) -> Grid:
+    """Where the section ``sampling`` leads, from noise to clean data."""
+    with naming("sampling"):
         if sampling.times:
             return to_clean(process, np.array(sampling.times, float))
         num_steps = sampling.num_steps
@@ -202,19 +245,21 @@ class Model:
         name = sampling.grid or usual_grid(sampling.sampler, process)
         return to_clean(process, GRIDS[name](process, num_steps))
 
-    def sampler(self, grid: Grid | None = None) -> Sampler:
-        """What ``sampling`` says, down its own grid or another."""
-        sampling, grid = self._sampling, grid or self.grid()
-        method = METHODS[sampling.sampler]
-        options = {
-            name: sampling[name] for name in method.options if sampling[name] not in (None, ())
-        }
-        if "variance" in method.options:
-            options["variance"] = options.get("variance", self.variance)
-            if options["variance"] == "optimal":
-                assert self._companions.x0_error is not None
-                options["variance"] = optimal_variance(grid, self._companions.x0_error)
-        return method.make(grid, **options)
+
+def make_sampler(
+    sampling: ConfigDict, grid: Grid, variance: ModelVariance, x0_error: X0Error | None
+) -> Sampler:
+    """The sampler down a grid, of a model of that variance or with the optimal one."""
+    row = SAMPLERS[sampling.sampler]
+    given = taken(row, sampling)
+    options: dict[str, Any] = {k: v for k, v in given.items() if v not in (None, ())}
+    if "variance" in given:
+        options = {"variance": variance} | options
+        if options["variance"] == "optimal":
+            assert x0_error is not None
+            options["variance"] = optimal_variance(grid, x0_error)
+    with naming("sampling"):
+        return row.make(grid, **options)
 
 
 def make_time_sampler(config: ConfigDict, process: Process) -> TimeSampler:

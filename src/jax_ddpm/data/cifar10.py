@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from jax_ddpm.data.source import ArraySource, Batch
+from jax_ddpm.data.source import ArraySource, Batch, Path
 from jax_ddpm.errors import UserError
 
 _NAMES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 _HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
-def cifar10(path: str) -> ArraySource:
+def cifar10(path: Path) -> ArraySource:
     """50,000 training and 10,000 test images, colour 32×32, in 10 classes (Krizhevsky 2009).
 
     ``path`` is the python or the binary archive, which hold the same data, or a folder with one of

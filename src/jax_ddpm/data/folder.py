@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jax_ddpm.data.decode import UnreadableError, decoded_size
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small, too_many
-from jax_ddpm.data.source import Source, Spec, random_split
+from jax_ddpm.data.source import ImageSize, Path, Source, Spec, random_split
 from jax_ddpm.errors import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -17,7 +17,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _HELDOUT = ("heldout", "val", "test")
 
 
-def folder(path: str, image_size: int, heldout_fraction: float = 0.1) -> Source:
+def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1) -> Source:
     """Colour images, cropped and resized to ``image_size``; 0: all have one size already.
 
     The folders ``train`` and ``heldout``, ``val`` or ``test`` (the first there is) in ``path`` are

@@ -8,13 +8,13 @@ import zlib
 
 import numpy as np
 
-from jax_ddpm.data.source import ArraySource, Batch, check_pair
+from jax_ddpm.data.source import ArraySource, Batch, Path, check_pair
 from jax_ddpm.errors import UserError
 
 _PREFIXES = {"train": "train", "heldout": "t10k"}
 
 
-def idx(path: str) -> ArraySource:
+def idx(path: Path) -> ArraySource:
     """Gray images and labels from the folder that holds MNIST's four files, plain or ``.gz``.
 
     Raises:

@@ -7,11 +7,11 @@ import zlib
 
 import numpy as np
 
-from jax_ddpm.data.source import ArraySource, Batch, check_pair, hold_out
+from jax_ddpm.data.source import ArraySource, Batch, Path, check_pair, hold_out
 from jax_ddpm.errors import UserError
 
 
-def npz(path: str, heldout_fraction: float = 0.1) -> ArraySource:
+def npz(path: Path, heldout_fraction: float = 0.1) -> ArraySource:
     """Images ``train_images`` uint8 ``[n, h, w]`` or ``[n, h, w, c]``, optionally ``train_labels``.
 
     ``test_images`` (and ``test_labels``) become the held-out split; without them a random

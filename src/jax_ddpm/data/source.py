@@ -1,13 +1,28 @@
 """The source contract: indices → batch of arrays, and a spec."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from jax_ddpm.errors import UserError
+from jax_ddpm.options import Option, not_negative
 
 Batch = dict[str, np.ndarray]
+
+# What sources are told of. One without a default must be given.
+Path = Annotated[
+    str, Option("Place of the file or folder; for tfds its data_dir.", default="", free=True)
+]
+Name = Annotated[
+    str,
+    Option(
+        'Name of the tfds set, such as "cifar10" or "imagenet_resized/64x64:0.1.0".', default=""
+    ),
+]
+ImageSize = Annotated[
+    int, Option("Resize and crop to a square; 0: as they are.", not_negative, default=0)
+]
 
 
 class Spec(NamedTuple):

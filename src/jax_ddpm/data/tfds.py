@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small
-from jax_ddpm.data.source import Source, Spec, random_split
+from jax_ddpm.data.source import ImageSize, Name, Path, Source, Spec, random_split
 from jax_ddpm.errors import UserError
 
 _HELDOUT = ("validation", "test")  # in this order: ImageNet's test images have no labels
 
 
-def tfds(name: str, path: str, image_size: int, heldout_fraction: float = 0.1) -> Source:
+def tfds(
+    name: Name, path: Path = "", image_size: ImageSize = 0, heldout_fraction: float = 0.1
+) -> Source:
     """The feature ``image``, gray or colour, and the classes of ``label`` if it is a ClassLabel.
 
     ``name`` may have a config and a version (``imagenet_resized/64x64:0.1.0``); ``path`` is TFDS's

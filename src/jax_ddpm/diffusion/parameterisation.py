@@ -13,7 +13,7 @@ targets compare.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import Process, expand
+from jax_ddpm.options import OneOf, Option, Unfit, positive
 
 
 class Target(NamedTuple):
@@ -108,7 +109,16 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "posterior_mean": _posterior_mean,
 }
 
+OF_PURE_NOISE = ("x0", "v", "velocity", "edm")  # targets that say something of x_0 at α = 0
+
 VarianceOutput = Literal["none", "learned", "learned_range"]
+Goal = Annotated[str, Option("What the network predicts.", OneOf(TARGETS))]
+ConditionOn = Annotated[
+    Literal["time", "log_snr"],
+    Option("What the network is told of t.", OneOf(("time", "log_snr")), kind=str),
+]
+DataStd = Annotated[float, Option("Of the data, for edm and normalise_input.", positive)]
+NormaliseInput = Annotated[bool, Option("x_t is divided by its standard deviation.")]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,12 +141,26 @@ class Parameterisation:
     """
 
     process: Process
-    target: str = "eps"
+    target: Goal = "eps"
     time_scale: float = 1.0
-    condition_on: Literal["time", "log_snr"] = "time"
-    data_std: float = 1.0
-    normalise_input: bool = False
+    condition_on: ConditionOn = "time"
+    data_std: DataStd = 0.5
+    normalise_input: NormaliseInput = False
     variance: VarianceOutput = "none"
+
+    def __post_init__(self):
+        """Raises Unfit where the process has no such target or variance."""
+        of_chain = isinstance(self.process, Chain)
+        signal = self.process.alpha(np.array(self.process.time_range))[1] > 0
+        if not signal and self.target not in OF_PURE_NOISE:
+            known = ", ".join(OF_PURE_NOISE)
+            must_be = f"one of {known} under a process that ends without signal"
+            raise Unfit("target", self.target, must_be)
+        if self.target == "posterior_mean" and not of_chain:
+            raise Unfit("target", self.target, "another one: without a chain there is none")
+        if self.variance != "none" and not of_chain:
+            must_be = "fixedsmall or fixedlarge: without a chain there are no steps to learn it of"
+            raise Unfit("variance", self.variance, must_be)
 
     def network_time(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
         """The time that conditions the network."""

@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images
 from jax_ddpm.config import default
-from jax_ddpm.config.sampling_validation import validate_sampling
-from jax_ddpm.config.validation import validate_for_data
+from jax_ddpm.config.validation import validate_sampling
 from jax_ddpm.data.source import Spec
 from jax_ddpm.diffusion.processes import CONTINUOUS
 from jax_ddpm.errors import UserError
@@ -108,7 +107,6 @@ def load(
         raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
     config.sampling.update(sampling)
     validate_sampling(config)
-    validate_for_data(config, spec.image_shape, spec.num_classes)
     item = "params" if raw else "ema"
     step = choose_step(workdir, step, item)
     params = checkpoint.restore_item(workdir, step, item)["network"]

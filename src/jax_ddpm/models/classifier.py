@@ -15,6 +15,17 @@ from jax_ddpm.models.layers import (
     dense,
     time_embedding,
 )
+from jax_ddpm.models.levels import (
+    AttentionResolutions,
+    BaseChannels,
+    ChannelMultipliers,
+    Dropout,
+    NumGroups,
+    NumResBlocks,
+    Remat,
+    check_groups,
+    check_levels,
+)
 from jax_ddpm.models.remat import remat
 
 
@@ -28,14 +39,20 @@ class ResNet(nn.Module):
     """
 
     num_classes: int
-    base_channels: int = 32
-    channel_multipliers: tuple[int, ...] = (1, 2)
-    num_res_blocks: int = 1
-    attention_resolutions: tuple[int, ...] = ()
-    num_groups: int = 8
-    dropout: float = 0.0
+    base_channels: BaseChannels = 32
+    channel_multipliers: ChannelMultipliers = (1, 2)
+    num_res_blocks: NumResBlocks = 1
+    attention_resolutions: AttentionResolutions = ()
+    num_groups: NumGroups = 8
+    dropout: Dropout = 0.0
     dtype: Dtype = jnp.float32
-    remat: str = ""
+    remat: Remat = ""
+
+    def check(self, image_shape: tuple[int, int, int] | None = None) -> None:
+        """Raises Unfit where options contradict each other, or images of this shape."""
+        check_groups(self.base_channels, self.channel_multipliers, self.num_groups)
+        if image_shape is not None:
+            check_levels(self.channel_multipliers, self.attention_resolutions, image_shape)
 
     @nn.compact
     def __call__(

@@ -17,6 +17,17 @@ from jax_ddpm.models.layers import (
     conv,
     time_embedding,
 )
+from jax_ddpm.models.levels import (
+    AttentionResolutions,
+    BaseChannels,
+    ChannelMultipliers,
+    Dropout,
+    NumGroups,
+    NumResBlocks,
+    Remat,
+    check_groups,
+    check_levels,
+)
 from jax_ddpm.models.remat import remat
 
 
@@ -40,16 +51,22 @@ class UNet(nn.Module):
     """
 
     out_channels: int
-    base_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
-    num_groups: int = 32
-    dropout: float = 0.1
+    base_channels: BaseChannels = 128
+    channel_multipliers: ChannelMultipliers = (1, 2, 2, 2)
+    num_res_blocks: NumResBlocks = 2
+    attention_resolutions: AttentionResolutions = (16,)
+    num_groups: NumGroups = 32
+    dropout: Dropout = 0.1
     num_classes: int = 0
     self_condition: bool = False
     dtype: Dtype = jnp.float32
-    remat: str = ""
+    remat: Remat = ""
+
+    def check(self, image_shape: tuple[int, int, int] | None = None) -> None:
+        """Raises Unfit where options contradict each other, or images of this shape."""
+        check_groups(self.base_channels, self.channel_multipliers, self.num_groups)
+        if image_shape is not None:
+            check_levels(self.channel_multipliers, self.attention_resolutions, image_shape)
 
     @nn.compact
     def __call__(

@@ -10,32 +10,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_ddpm.config import default
+from jax_ddpm.config.fields import fields
 from jax_ddpm.data.source import Spec
 from jax_ddpm.runtime.distributed import from_first
 from jax_ddpm.errors import UserError
 from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runs import checkpoint
-
-# How long, how often and on what to run, not what is trained.
-_FREE_SECTIONS = ("sampling",)
-_FREE_FIELDS = (
-    "parallel",
-    "fsdp",
-    "deterministic",
-    "data.path",
-    "data.resident_gigabytes",
-    "model.remat",
-    "training.num_steps",
-    "training.accumulate",
-    "training.steps_per_dispatch",
-    "training.log_every",
-    "training.heldout_every",
-    "training.heldout_examples",
-    "training.sample_every",
-    "training.checkpoint_every",
-    "training.keep_last",
-    "training.keep_every",
-)
 
 
 @contextlib.contextmanager
@@ -110,8 +90,9 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
       UserError: where there is none, or it cannot be read.
     """
     try:
-        config = default()
-        config.update(json.loads((workdir / "config.json").read_text()))
+        stored = json.loads((workdir / "config.json").read_text())
+        config = default(*stored.get("modules", ()))
+        config.update(stored)
         spec = Spec(**json.loads((workdir / "data.json").read_text()))
         height, width, channels = spec.image_shape
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -133,22 +114,21 @@ def differences(
     The model, process, data, loss and optimiser have meaning; intervals, devices and where the data
     lies do not, nor has the number of steps unless the learning rate decays towards it.
     """
-    free = set(_FREE_FIELDS)
+    free = {name for name, option in fields().items() if option.free}
     if "cosine" in (old[0].training.decay, new[0].training.decay):
         free.remove("training.num_steps")
     before, after = (
-        _fields(config.to_dict() | {"data set": spec._asdict()}) for config, spec in (old, new)
+        _flat(config.to_dict() | {"data set": spec._asdict()}) for config, spec in (old, new)
     )
     return {
         field: (before.get(field), after.get(field))
         for field in before | after
         if before.get(field) != after.get(field)
         and field not in free
-        and field.split(".")[0] not in _FREE_SECTIONS
     }
 
 
-def _fields(sections: dict[str, Any]) -> dict[str, Any]:
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in sections.items():
         if isinstance(value, dict):

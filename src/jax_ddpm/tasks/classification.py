@@ -16,8 +16,9 @@ from jax_ddpm.diffusion.process import per_example_normal, q_sample
 from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
-from jax_ddpm.models.classifier import ResNet
-from jax_ddpm.models.network import Network, make_network
+from jax_ddpm.models.network import Network
+from jax_ddpm.models.table import CLASSIFIERS
+from jax_ddpm.options import require
 from jax_ddpm.tasks import augmentation
 from jax_ddpm.tasks.objective import Metrics, Task
 
@@ -26,9 +27,17 @@ class ImageClassifier:
     """The network that tells the classes of the data apart: ``x → (features, logits)``."""
 
     def __init__(self, config: ConfigDict, spec: Spec):
+        require(
+            config,
+            "task",
+            lambda _: spec.num_classes > 0,
+            "diffusion: this data has no labels",
+        )
         self.spec, self.num_classes = spec, spec.num_classes
-        self.network: Network = make_network(
-            ResNet(num_classes=spec.num_classes, **factory.module_fields(config, ResNet)),
+        self.network: Network = factory.make_network(
+            factory.make_module(
+                config, CLASSIFIERS, spec.image_shape, num_classes=spec.num_classes
+            ),
             *self._example_inputs(),
         )
 
@@ -41,7 +50,8 @@ class NoisyImageClassifier(ImageClassifier):
 
     def __init__(self, config: ConfigDict, spec: Spec):
         super().__init__(config, spec)
-        self.process, self.parameterisation = factory.make_parameterisation(config)
+        self.parameterisation = factory.make_parameterisation(config)
+        self.process = self.parameterisation.process
 
     def _example_inputs(self) -> tuple[Any, ...]:
         return (*super()._example_inputs(), None, jnp.zeros(1))
@@ -184,5 +194,5 @@ def _noisy_objective(
     )
 
 
-CLASSIFICATION = Task(ImageClassifier, _objective, network="resnet")
-NOISY_CLASSIFICATION = Task(NoisyImageClassifier, _noisy_objective, network="resnet")
+CLASSIFICATION = Task(ImageClassifier, _objective, CLASSIFIERS)
+NOISY_CLASSIFICATION = Task(NoisyImageClassifier, _noisy_objective, CLASSIFIERS)

@@ -20,6 +20,7 @@ from jax_ddpm.diffusion.process import expand, per_example_normal, q_sample
 from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
+from jax_ddpm.models.table import NETWORKS
 from jax_ddpm.tasks import augmentation
 from jax_ddpm.tasks.objective import Metrics, Task
 
@@ -160,4 +161,4 @@ def _objective(config: ConfigDict, model: factory.Model) -> DiffusionObjective:
     )
 
 
-DIFFUSION = Task(factory.Model, _objective, network="unet")
+DIFFUSION = Task(factory.Model, _objective, NETWORKS)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
 from jax_ddpm.keys import StepKeys
+from jax_ddpm.options import Table
 
 # A metric is a weighted sum and its weight, so that means over examples, micro-batches, devices
 # and steps are exact, also where a batch has no example of a kind.
@@ -50,9 +51,9 @@ class Task(NamedTuple):
       model: ``(config, spec) → model``, whose ``network`` has the parameters "network"; raises
         UserError where config and data do not fit each other.
       objective: ``(config, model) → what training minimises``.
-      network: the network that ``config.model.name=""`` stands for.
+      networks: its table of networks, of which the first is the usual one.
     """
 
     model: Callable[[ConfigDict, Spec], Any]
     objective: Callable[[ConfigDict, Any], Measurable]
-    network: str
+    networks: Table

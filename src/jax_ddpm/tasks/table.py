@@ -5,15 +5,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
+from jax_ddpm.options import Table
 from jax_ddpm.tasks.classification import CLASSIFICATION, NOISY_CLASSIFICATION
 from jax_ddpm.tasks.diffusion import DIFFUSION
 from jax_ddpm.tasks.objective import Measurable, Task
 
-TASKS: dict[str, Task] = {
-    "diffusion": DIFFUSION,
-    "classification": CLASSIFICATION,
-    "noisy_classification": NOISY_CLASSIFICATION,
-}
+TASKS: dict[str, Task] = Table(
+    {
+        "diffusion": DIFFUSION,
+        "classification": CLASSIFICATION,
+        "noisy_classification": NOISY_CLASSIFICATION,
+    }
+)
 
 
 def make_model(config: ConfigDict, spec: Spec) -> Any:

@@ -1,7 +1,7 @@
 """Ancestral sampling: the reverse chain p(x_s | x_t) of Ho et al. 2020, algorithm 2."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ from jax_ddpm.diffusion.likelihood import ModelVariance
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid
 from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.options import OneOf, Option
 
 
 class AncestralNode(NamedTuple):
@@ -29,7 +30,17 @@ class AncestralNode(NamedTuple):
     noise: Float64[np.ndarray, " steps"]
 
 
-def ancestral(grid: Grid, variance: ModelVariance | Float64[np.ndarray, " steps"]) -> Sampler:
+Variance = Annotated[
+    ModelVariance | Float64[np.ndarray, " steps"],
+    Option(
+        "Of the steps, in place of the model's own; optimal: by its measured errors.",
+        OneOf(("fixedsmall", "fixedlarge", "optimal")),
+        kind=str,
+    ),
+]
+
+
+def ancestral(grid: Grid, variance: Variance) -> Sampler:
     """The ancestral sampler down a grid.
 
     Over fewer steps than the chain has, coefficients are those of the re-spaced chain, rebuilt from

@@ -1,6 +1,6 @@
 """DDIM (Song et al. 2021, "Denoising diffusion implicit models", eq. 12)."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float64
@@ -8,6 +8,9 @@ from jaxtyping import Array, Float64
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid
 from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.options import Option, between, checked
+
+Eta = Annotated[float, Option("Fresh noise: 0 none, 1 as much as the reverse SDE.", between(0, 1))]
 
 
 class DDIMNode(NamedTuple):
@@ -19,7 +22,8 @@ class DDIMNode(NamedTuple):
     std: Float64[np.ndarray, " steps"]
 
 
-def ddim(grid: Grid, eta: float = 0.0) -> Sampler:
+@checked
+def ddim(grid: Grid, eta: Eta = 0.0) -> Sampler:
     """x_s = α_s·x̂_0 + √(σ_s² - v)·ε̂ + √v·z with v = η²·β̃.
 
     η = 1 is ancestral sampling with "fixedsmall". η = 0 draws no noise and is Euler's method on the
@@ -28,8 +32,6 @@ def ddim(grid: Grid, eta: float = 0.0) -> Sampler:
     Raises:
       ValueError: where η is outside [0, 1], or a grid that rises is to be sampled with noise.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it must be in [0, 1]")
     variance = eta**2 * grid.posterior.variance if eta > 0 else np.zeros(grid.num_steps)
     nodes = DDIMNode(
         time=grid.now.time,

@@ -7,8 +7,10 @@ import numpy as np
 from jaxtyping import Array, Float64
 
 from jax_ddpm.diffusion.process import per_example_normal
+from jax_ddpm.diffusion.samplers.ddim import Eta
 from jax_ddpm.diffusion.samplers.grid import Grid
 from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.options import checked
 
 
 class DPMNode(NamedTuple):
@@ -21,7 +23,8 @@ class DPMNode(NamedTuple):
     std: Float64[np.ndarray, " steps"]
 
 
-def dpmpp_2m(grid: Grid, eta: float = 0.0) -> Sampler:
+@checked
+def dpmpp_2m(grid: Grid, eta: Eta = 0.0) -> Sampler:
     """Second order with one evaluation a step, from the change of x̂_0 since the last.
 
     With h the step in log(α/σ), r the last step over this one and v = 1 - exp(-2ηh), the exact
@@ -35,8 +38,6 @@ def dpmpp_2m(grid: Grid, eta: float = 0.0) -> Sampler:
     Raises:
       ValueError: where η is outside [0, 1], or a grid that rises is to be sampled with noise.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it must be in [0, 1]")
     h = grid.step_size
     if eta > 0 and np.any(h < 0):
         raise ValueError("towards noise the SDE is not run: eta must be 0")

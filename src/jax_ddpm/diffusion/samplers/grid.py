@@ -8,6 +8,7 @@ from jaxtyping import Float64
 
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import ALL_NOISE, Posterior, Process, posterior_coefficients
+from jax_ddpm.options import Table, Unfit
 
 
 class Levels(NamedTuple):
@@ -99,9 +100,15 @@ def uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
     """Evenly spaced in t: whole steps of a chain, both of its ends among them.
 
     In continuous time the step to clean data is as long as the others.
+
+    Raises:
+      ValueError: where a chain has fewer steps.
     """
     low, high = process.time_range
     if isinstance(process, Chain):
+        if num_steps > process.num_timesteps:
+            must_be = f"at most process.num_timesteps = {process.num_timesteps}, or 0 for all"
+            raise Unfit("num_steps", num_steps, must_be)
         return np.round(np.linspace(high, low, num_steps))
     return np.linspace(high, low, num_steps + 1)[:-1]
 
@@ -118,7 +125,7 @@ def karras(process: Process, num_steps: int, rho: float = 7.0) -> Float64[np.nda
     Raises:
       ValueError: where the process ends without signal, at infinite σ/α.
     """
-    ends = _useful_ends(process)
+    ends = _useful_ends("karras", process)
     first, last = np.exp(-process.log_snr(ends) / (2 * rho))
     log_snr = -2 * rho * np.log(np.linspace(first, last, num_steps))
     return _exactly_between(ends, process.time(log_snr))
@@ -130,19 +137,20 @@ def log_snr_uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " s
     Raises:
       ValueError: where the process ends without signal, at infinite λ.
     """
-    ends = _useful_ends(process)
+    ends = _useful_ends("log_snr", process)
     first, last = process.log_snr(ends)
     return _exactly_between(ends, process.time(np.linspace(first, last, num_steps)))
 
 
-def _useful_ends(process: Process) -> Float64[np.ndarray, " 2"]:
+def _useful_ends(grid: str, process: Process) -> Float64[np.ndarray, " 2"]:
     """The noisiest and the least noisy time worth a visit.
 
     Where sampling starts from the same noise at whatever t, that begins at ``ALL_NOISE``.
     """
     low, high = process.time_range
     if process.alpha(np.array([high]))[0] == 0:
-        raise ValueError("the process ends without signal: take the uniform or quadratic grid")
+        must_be = "uniform or quadratic: the process ends without signal, at infinite σ/α"
+        raise Unfit("grid", grid, must_be)
     if process.prior_std == 1 and process.log_snr(np.array([high]))[0] < ALL_NOISE:
         high = float(process.time(np.array([ALL_NOISE]))[0])
     return np.array([high, low])
@@ -158,9 +166,6 @@ def _exactly_between(
     return times
 
 
-GRIDS: dict[str, Callable[[Process, int], np.ndarray]] = {
-    "uniform": uniform,
-    "quadratic": quadratic,
-    "karras": karras,
-    "log_snr": log_snr_uniform,
-}
+GRIDS: dict[str, Callable[[Process, int], np.ndarray]] = Table(
+    uniform=uniform, quadratic=quadratic, karras=karras, log_snr=log_snr_uniform
+)

@@ -3,7 +3,7 @@
 In y = x/α and s = σ/α every process has the same ODE, dy/ds = ε̂ (their eq. 1 at s(t) = 1).
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float64
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid, Levels, levels
 from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.options import Option, checked, noise_levels, not_negative_and_finite
 
 
 class HeunNode(NamedTuple):
@@ -34,11 +35,19 @@ class HeunNode(NamedTuple):
     coef_eps: Float64[np.ndarray, " rows"]
 
 
+Churn = Annotated[float, Option("Noise added again, S_churn.", not_negative_and_finite)]
+ChurnRange = Annotated[
+    tuple[float, float], Option("Noise levels σ/α where it is, (S_tmin, S_tmax).", noise_levels)
+]
+ChurnNoise = Annotated[float, Option("Its standard deviation, S_noise.", not_negative_and_finite)]
+
+
+@checked
 def heun(
     grid: Grid,
-    churn: float = 0.0,
-    churn_range: tuple[float, float] = (0.0, np.inf),
-    churn_noise: float = 1.0,
+    churn: Churn = 0.0,
+    churn_range: ChurnRange = (0.0, np.inf),
+    churn_noise: ChurnNoise = 1.0,
 ) -> Sampler:
     """2n - 1 evaluations over n steps to clean data: a step from α = 0 or to σ = 0 is Euler's.
 
@@ -51,8 +60,6 @@ def heun(
     Raises:
       ValueError: where churn is negative, or a grid that rises is to be sampled with it.
     """
-    if churn < 0:
-        raise ValueError(f"churn is {churn}; it must be 0 or more")
     if churn > 0 and np.any(grid.step_size < 0):
         raise ValueError("towards noise nothing is churned: churn must be 0")
     start, raised, noise = _churned(grid, churn, churn_range, churn_noise)

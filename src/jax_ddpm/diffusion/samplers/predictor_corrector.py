@@ -1,6 +1,6 @@
 """Predictor–corrector sampling (Song et al. 2021, "Score-based generative modeling", alg. 4, 5)."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float64
 from jax_ddpm.diffusion.process import expand, per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid
 from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.options import Option, checked, not_negative, positive_and_finite
 
 
 class PredictorCorrectorNode(NamedTuple):
@@ -27,7 +28,16 @@ class PredictorCorrectorNode(NamedTuple):
     std: Float64[np.ndarray, " rows"]
 
 
-def predictor_corrector(grid: Grid, snr: float = 0.16, corrector_steps: int = 1) -> Sampler:
+Snr = Annotated[
+    float, Option("How strong a corrector's noise is beside the score.", positive_and_finite)
+]
+CorrectorSteps = Annotated[int, Option("Langevin steps before each step.", not_negative)]
+
+
+@checked
+def predictor_corrector(
+    grid: Grid, snr: Snr = 0.16, corrector_steps: CorrectorSteps = 1
+) -> Sampler:
     """Before each ancestral step (variance β̃), ``corrector_steps`` steps of Langevin dynamics at t.
 
     ``snr`` is the paper's r, how strong noise is beside the score. Norms are each example's own,
@@ -37,8 +47,6 @@ def predictor_corrector(grid: Grid, snr: float = 0.16, corrector_steps: int = 1)
     Raises:
       ValueError: where snr is not positive, corrector_steps is negative or the grid rises.
     """
-    if not snr > 0 or corrector_steps < 0:
-        raise ValueError(f"snr is {snr}, corrector_steps {corrector_steps}: not below 0, snr above")
     with np.errstate(divide="ignore"):
         kept = (grid.now.alpha / grid.after.alpha) ** 2
     step = grid.posterior

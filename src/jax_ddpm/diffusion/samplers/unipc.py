@@ -1,7 +1,7 @@
 """UniPC (Zhao et al. 2023), in its multistep form with x_0-prediction and B₂(h)."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float64
 
 from jax_ddpm.diffusion.samplers.grid import Grid
 from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.options import Option, Where, checked
 
 
 class UniPCNode(NamedTuple):
@@ -26,17 +27,22 @@ class UniPCNode(NamedTuple):
     predictor: Float64[np.ndarray, "steps order+1"]
 
 
-def unipc(grid: Grid, order: int = 2) -> Sampler:
+Order = Annotated[
+    int,
+    Option("Evaluations that a step looks back on.", Where(lambda p: 1 <= p <= 4, "from 1 to 4")),
+]
+
+
+@checked
+def unipc(grid: Grid, order: Order = 2) -> Sampler:
     """UniPC-p: a predictor of order p and a corrector of order p + 1, one evaluation a step.
 
     The corrected x is not evaluated again. The first steps have the order that their history
     allows; a step from α = 0 or to σ = 0 is DDIM's, and is not corrected.
 
     Raises:
-      ValueError: where the order is below 1.
+      ValueError: where the order is not from 1 to 4.
     """
-    if order < 1:
-        raise ValueError(f"order is {order}; it must be 1 or more")
     # λ of Lu et al. and Zhao et al.: log(α/σ).
     at = np.append(grid.now.log_snr, grid.after.log_snr[-1]) / 2
     finite = np.isfinite(at)

@@ -11,34 +11,44 @@ from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.ddim import ddim
 from jax_ddpm.diffusion.samplers.dpmpp import dpmpp_2m
+from jax_ddpm.diffusion.samplers.grid import Grid
 from jax_ddpm.diffusion.samplers.heun import heun
 from jax_ddpm.diffusion.samplers.loop import Sampler
 from jax_ddpm.diffusion.samplers.predictor_corrector import predictor_corrector
 from jax_ddpm.diffusion.samplers.unipc import unipc
+from jax_ddpm.options import Table
 
 
 class Method(NamedTuple):
-    """``make(grid, **options) → Sampler``, the options it takes, and the grid it is meant for."""
+    """``make(grid, **options) → Sampler``, and the grid that it is meant for."""
 
     make: Callable[..., Sampler]
-    options: tuple[str, ...]
     grid: str = "uniform"
 
 
-METHODS = {
-    "ancestral": Method(ancestral, ("variance",)),
-    "ddim": Method(ddim, ("eta",)),
-    "euler": Method(ddim, ()),  # what DDIM without noise is called under EDM and flows
-    "heun": Method(heun, ("churn", "churn_range", "churn_noise"), "karras"),
-    "dpmpp_2m": Method(dpmpp_2m, (), "log_snr"),
-    "dpmpp_2m_sde": Method(partial(dpmpp_2m, eta=1.0), ("eta",), "log_snr"),
-    "unipc": Method(unipc, ("order",), "log_snr"),
-    "predictor_corrector": Method(predictor_corrector, ("snr", "corrector_steps")),
-}
-OPTIONS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.options))
+def euler(grid: Grid) -> Sampler:
+    """What DDIM without noise is called under EDM and flows."""
+    return ddim(grid)
 
 
-def usual_grid(method: str, process: Process) -> str:
+def dpmpp_2m_ode(grid: Grid) -> Sampler:
+    """DPM-Solver++ 2M without noise, which has no options."""
+    return dpmpp_2m(grid)
+
+
+SAMPLERS = Table(
+    ancestral=Method(ancestral),
+    ddim=Method(ddim),
+    euler=Method(euler),
+    heun=Method(heun, "karras"),
+    dpmpp_2m=Method(dpmpp_2m_ode, "log_snr"),
+    dpmpp_2m_sde=Method(partial(dpmpp_2m, eta=1.0), "log_snr"),
+    unipc=Method(unipc, "log_snr"),
+    predictor_corrector=Method(predictor_corrector),
+)
+
+
+def usual_grid(name: str, process: Process) -> str:
     """The grid that a method is meant for, as far as the process has it.
 
     Evenly spaced σ visit hardly any low noise, so where σ is the time that is no one's grid; a
@@ -46,6 +56,7 @@ def usual_grid(method: str, process: Process) -> str:
     """
     if process.alpha(np.array(process.time_range))[1] == 0:
         return "uniform"
-    if METHODS[method].grid == "uniform" and getattr(process, "schedule", None) == NoiseLevel():
+    grid = SAMPLERS[name].grid
+    if grid == "uniform" and getattr(process, "schedule", None) == NoiseLevel():
         return "karras"
-    return METHODS[method].grid
+    return grid

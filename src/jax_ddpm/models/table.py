@@ -1,0 +1,12 @@
+"""Every network by its name: Linen modules, whose annotated attributes are their options."""
+
+from jax_ddpm.models.classifier import ResNet
+from jax_ddpm.models.unet import UNet
+from jax_ddpm.options import Table
+
+# (x, time, conditioning, dropout_keys) → output. From the model a network gets, as far as it has
+# attributes of these names, out_channels, num_classes, self_condition and dtype.
+NETWORKS = Table(unet=UNet)
+
+# (x, dropout_keys, time) → (features, logits); time is None where images are clean.
+CLASSIFIERS = Table(resnet=ResNet)

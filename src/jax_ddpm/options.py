@@ -1,0 +1,195 @@
+"""Options: what a choice can be told, declared once, in the signature of what takes it.
+
+    def ddim(grid, eta: Annotated[float, Option("Fresh noise.", between(0, 1))] = 0.0): …
+
+declares an option ``eta`` with its meaning, its range and its default. The config's fields, their
+checks and their help are read off such signatures (``of``), and so is what a call itself refuses
+(``checked``). Choices of one kind stand in a ``Table``.
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar, get_origin
+
+from jax_ddpm.errors import UserError
+
+
+class Unfit(ValueError):
+    """An option that is not what it must be; the message is ``name is value; it must be …``."""
+
+    def __init__(self, name: str, value: Any, must_be: str):
+        super().__init__(f"{name} is {value!r}; it must be {must_be}")
+
+
+class Range(Protocol):
+    """What values an option can have."""
+
+    @property
+    def must_be(self) -> str:
+        """What follows "it must be"."""
+        ...
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value is one of them."""
+        ...
+
+
+class Where(NamedTuple):
+    """The values where ``test`` holds."""
+
+    test: Callable[[Any], bool]
+    must_be: str
+
+    def holds(self, value: Any) -> bool:
+        return bool(self.test(value))
+
+
+class OneOf(NamedTuple):
+    """The names in a table, which may grow, after others that are always there."""
+
+    known: Mapping[str, Any] | tuple[str, ...]
+    also: tuple[str, ...] = ()
+
+    @property
+    def must_be(self) -> str:
+        return "one of " + ", ".join(name or "''" for name in (*self.also, *self.known))
+
+    def holds(self, value: Any) -> bool:
+        return value in self.also or value in self.known
+
+
+anything = Where(lambda value: True, "anything")
+positive = Where(lambda value: value > 0, "positive")
+positive_and_finite = Where(lambda value: 0 < value < math.inf, "positive and finite")
+not_negative = Where(lambda value: value >= 0, "0 or more")
+not_negative_and_finite = Where(lambda value: 0 <= value < math.inf, "0 or more, and finite")
+fraction = Where(lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def at_least(low: int) -> Where:
+    """low or more."""
+    return Where(lambda value: value >= low, f"at least {low}")
+
+
+def between(low: int, high: int) -> Where:
+    """From low to high, both included."""
+    return Where(lambda value: low <= value <= high, f"in [{low}, {high}]")
+
+
+noise_levels = Where(
+    lambda value: _numbers(value) and len(value) == 2 and 0 <= value[0] < value[1],
+    "two noise levels σ/α, the lower first, or ()",
+)
+
+
+def _numbers(values: Any) -> bool:
+    return all(isinstance(x, int | float) for x in values)
+
+
+numbers = Where(_numbers, "numbers, or ()")
+
+
+class Option(NamedTuple):
+    """One option.
+
+    Attributes:
+      meaning: in a line, for help.
+      range: what it can be.
+      default: of a field of the config; of a signature's option that of the parameter, if it has
+        one.
+      free: it may differ when a run resumes, because it does not decide what is trained.
+      kind: its type.
+      required: a signature's option that has no default: it must be given.
+    """
+
+    meaning: str
+    range: Range = anything
+    default: Any = None
+    free: bool = False
+    kind: type = object
+    required: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises Unfit where the value is out of range."""
+        if not self.range.holds(value):
+            raise Unfit(name, value, self.range.must_be)
+
+
+def of(choice: Any) -> dict[str, Option]:
+    """The options that a function, a class, or a row's ``make`` declares, by name."""
+    parameters = inspect.signature(getattr(choice, "make", choice)).parameters.values()
+    options = {}
+    for parameter in parameters:
+        for note in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(note, Option):
+                base = parameter.annotation.__origin__
+                kind = base if isinstance(base, type) else get_origin(base)
+                given = parameter.default is not inspect.Parameter.empty
+                default = parameter.default if given else note.default
+                options[parameter.name] = note._replace(
+                    default=default,
+                    kind=kind if note.kind is object else note.kind,
+                    required=not given,
+                )
+    return options
+
+
+Call = TypeVar("Call", bound=Callable)
+
+
+def checked(make: Call) -> Call:
+    """The function, refusing options out of their range by Unfit."""
+    options, signature = of(make), inspect.signature(make)
+
+    @functools.wraps(make)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for name in options.keys() & given.keys():
+            options[name].check(name, given[name])
+        return make(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+class Table(dict[str, Any]):
+    """Choices of one kind by name, to which a user's own module may add; no name is given twice."""
+
+    def __setitem__(self, name: str, row: Any) -> None:
+        if name in self:
+            raise UserError(f"{name!r} is in the table already; give your own choice another name")
+        super().__setitem__(name, row)
+
+
+def taken(choice: Any, options: Any) -> dict[str, Any]:
+    """Those of the options, a mapping or a section of a config, that the choice takes."""
+    names = of(choice)
+    return {name: value for name, value in options.items() if name in names}
+
+
+def value_of(config: Any, field: str) -> Any:
+    """The value of ``section.field``."""
+    return functools.reduce(lambda section, name: section[name], field.split("."), config)
+
+
+def require(config: Any, field: str, holds: Callable[[Any], bool], must_be: str) -> None:
+    """Raises UserError where the value of ``section.field`` in a config does not hold."""
+    value = value_of(config, field)
+    if not holds(value):
+        raise UserError(f"config.{Unfit(field, value, must_be)}")
+
+
+@contextlib.contextmanager
+def naming(section: str, under: str = "") -> Iterator[None]:
+    """Where what a section of a config asks for cannot be built, a UserError names the field.
+
+    ``under`` is the choice that it depends on.
+    """
+    try:
+        yield
+    except ValueError as error:
+        dot = "." if isinstance(error, Unfit) else ": "
+        depends = f" ({under})" if under else ""
+        raise UserError(f"config.{section}{dot}{error}{depends}") from error

@@ -14,6 +14,7 @@ from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
 from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS
 from jax_ddpm.options import OneOf, require
 from jax_ddpm.runtime.distributed import several
+from jax_ddpm.tasks.table import TASKS
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
@@ -47,7 +48,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 def check_task(config: ConfigDict) -> None:
     """What only some tasks take."""
-    shifts = config.task != "diffusion"
+    shifts = not TASKS[config.task].draws
     require(
         config,
         "data.shift",

@@ -21,6 +21,7 @@ from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import choose_step, digest
 from jax_ddpm.runs.identity import load_identity
 from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.tasks.table import TASKS
 
 
 class Trained:
@@ -103,7 +104,7 @@ def load(
     """
     workdir = pathlib.Path(workdir)
     config, spec = load_identity(workdir)
-    if config.task != "diffusion":
+    if not TASKS[config.task].draws:
         raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
     config.sampling.update(sampling)
     validate_sampling(config)

@@ -34,10 +34,11 @@ def make_network(module: nn.Module, *example_inputs: Any) -> Network:
 
 
 def _draw_parameters(module: nn.Module, key: Any, *inputs: Any) -> Any:
-    """``module.init`` without compiling anything.
+    """``module.init``, without compiling anything where all initialisers draw on the host.
 
-    The forward pass is only traced for shapes, while each layer is noted by its path; then every
-    parameter is drawn on the host by its layer's own initialiser, from the key and its path.
+    Then the forward pass is only traced for shapes, while each layer is noted by its path, and
+    every parameter is drawn by its layer's own initialiser, from the key and its path. A network
+    that has Flax's initialisers is initialised by a compiled program.
     """
     layers: dict[tuple[str, ...], nn.Module] = {}
 
@@ -49,10 +50,16 @@ def _draw_parameters(module: nn.Module, key: Any, *inputs: Any) -> Any:
         shapes = jax.eval_shape(module.init, key, *inputs)["params"]
     key_data = jax.random.key_data(key)
 
-    def draw(path, leaf):
+    def initialiser(path) -> Any:
         *layer, name = (entry.key for entry in path)
-        initialiser: HostInitialiser = getattr(layers[tuple(layer)], f"{name}_init")
-        rng = generator(key_data, zlib.crc32("/".join((*layer, name)).encode()))
-        return initialiser.draw(rng, leaf.shape)
+        return getattr(layers.get(tuple(layer)), f"{name}_init", None)
 
+    def draw(path, leaf):
+        name = "/".join(entry.key for entry in path)
+        rng = generator(key_data, zlib.crc32(name.encode()))
+        return initialiser(path).draw(rng, leaf.shape)
+
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    if not all(isinstance(initialiser(path), HostInitialiser) for path in paths):
+        return jax.jit(module.init)(key, *inputs)["params"]
     return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
 from jax_ddpm.keys import StepKeys
+from jax_ddpm.models.table import NETWORKS
 from jax_ddpm.options import Table
 
 # A metric is a weighted sum and its weight, so that means over examples, micro-batches, devices
@@ -57,3 +58,8 @@ class Task(NamedTuple):
     model: Callable[[ConfigDict, Spec], Any]
     objective: Callable[[ConfigDict, Any], Measurable]
     networks: Table
+
+    @property
+    def draws(self) -> bool:
+        """Whether what it trains draws images."""
+        return self.networks is NETWORKS

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of parts of one's own works: its code, in modules that a config names."""
+"""What CONTRIBUTING.md says of parts of one's own works, and how such modules fail."""
 
 import importlib
 import pathlib

@@ -19,6 +19,7 @@ from measuring import report, time_once
 from setting import Setting, Training, make_parser, measure_each
 
 from jax_ddpm.runs.checkpoint import Checkpoints
+from jax_ddpm.training.state import to_items
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def measure_stall(setting: Setting, folder: pathlib.Path, rounds: int) -> dict[s
             """Seconds until training may go on."""
             jax.block_until_ready(training.state)
             start = time.perf_counter()
-            checkpoints.save(training.state, setting.config, {})
+            checkpoints.save(int(training.state.step), to_items(training.state), setting.config, {})
             return time.perf_counter() - start
 
         time_once(training.program)  # compiles

@@ -17,6 +17,7 @@ from command import ROOT, Run
 
 from jax_ddpm import factory
 from jax_ddpm.runs import checkpoint
+from jax_ddpm.runs.manifest import verify
 from jax_ddpm.runtime.stopping import EXIT_CODE
 
 FLAGS = [
@@ -113,6 +114,6 @@ def test_a_full_disk_is_one_line_and_costs_nothing(undisturbed, tmp_path):
     assert line.startswith("error: ")
     assert "File too large" in line
     assert checkpoint.steps(workdir) == [39]
-    checkpoint.verify(workdir, 39)
+    verify(workdir / "checkpoints" / "39")
     assert train(tmp_path / "again", workdir=workdir).result().returncode == 0
     assert_same_run(workdir, undisturbed)

@@ -20,7 +20,7 @@ from jax_ddpm.models.network import Network
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import save_identity
 from jax_ddpm.tasks.table import make_model
-from jax_ddpm.training.state import TrainState
+from jax_ddpm.training.state import TrainState, to_items
 
 WIDTH = 6
 
@@ -66,7 +66,7 @@ def make_run(workdir, **fields):
     state = TrainState(np.int32(4), params, averaged, ({"mu": jnp.zeros(2)},), ())
     save_identity(workdir, config, spec)
     with Checkpoints(workdir, keep_last=1, keep_every=0) as checkpoints:
-        checkpoints.save(jax.device_put(state), config, {})
+        checkpoints.save(int(state.step), to_items(jax.device_put(state)), config, {})
     return workdir
 
 

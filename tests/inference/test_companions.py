@@ -15,7 +15,7 @@ from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import save_identity
 from jax_ddpm.tasks.table import make_model
-from jax_ddpm.training.state import TrainState
+from jax_ddpm.training.state import TrainState, to_items
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 
@@ -62,7 +62,7 @@ def make(tmp_path_factory):
             for step, scale in ((1, 0.5), (2, 1.0)):
                 network = {"network": jax.tree.map(lambda p, scale=scale: scale * p, params)}
                 state = TrainState(np.int32(step), network, network, ({"mu": jnp.zeros(1)},), ())
-                checkpoints.save(jax.device_put(state), config, {})
+                checkpoints.save(int(state.step), to_items(jax.device_put(state)), config, {})
                 checkpoints.wait()
         return workdir
 

@@ -16,7 +16,7 @@ from jax_ddpm.inference.sampling import write_samples
 from jax_ddpm.models.network import Network
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import save_identity
-from jax_ddpm.training.state import TrainState
+from jax_ddpm.training.state import TrainState, to_items
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 
@@ -73,7 +73,7 @@ def workdir(saved, config, tmp_path_factory):
     save_identity(workdir, config, factory.make_source(config).spec)
     with Checkpoints(workdir, keep_last=3, keep_every=0) as checkpoints:
         for state in saved.values():
-            checkpoints.save(jax.device_put(state), config, {})
+            checkpoints.save(int(state.step), to_items(jax.device_put(state)), config, {})
     return workdir
 
 

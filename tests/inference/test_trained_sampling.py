@@ -15,7 +15,7 @@ from jax_ddpm.inference.companions import x0_error_path
 from jax_ddpm.inference.sampling import write_samples
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import save_identity
-from jax_ddpm.training.state import TrainState
+from jax_ddpm.training.state import TrainState, to_items
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 
@@ -46,7 +46,7 @@ def make(tmp_path_factory):
         )
         save_identity(workdir, config, spec)
         with Checkpoints(workdir, keep_last=1, keep_every=0) as checkpoints:
-            checkpoints.save(jax.device_put(state), config, {})
+            checkpoints.save(int(state.step), to_items(jax.device_put(state)), config, {})
         return workdir
 
     return make

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import pathlib
 import shutil
 import time
 
@@ -17,15 +16,14 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.keys import Stream, stream_key
 from jax_ddpm.runs import checkpoint
-from jax_ddpm.runs.checkpoint import Checkpoints, initial_parameters
+from jax_ddpm.runs.checkpoint import Checkpoints
+from jax_ddpm.runs.manifest import Damaged, verify
 from jax_ddpm.tasks.recipe import make_recipe
-from jax_ddpm.training.state import TrainState, init_state
+from jax_ddpm.training.state import TrainState, from_items, init_state, to_items
 from jax_ddpm.training.step import spread
 
 TREES = ("params", "ema", "opt_state", "extra")
-NOWHERE = pathlib.Path("a workdir without checkpoints")
 ITEMS = (*TREES, "progress", "config")
 PROGRESS = {
     "unlogged": {"loss": [0.1 + 0.2, 1 / 3], "rare": [5e-324, -1.7976931348623157e308]},
@@ -78,7 +76,7 @@ def saved(make_state, config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
     with Checkpoints(workdir, keep_last=2, keep_every=0) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(make_state(step), config, PROGRESS)
+            save(checkpoints, make_state(step), config, PROGRESS)
     return workdir
 
 
@@ -88,9 +86,18 @@ def run(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "run")
 
 
+def save(checkpoints, state, config, progress):
+    checkpoints.save(int(state.step), to_items(state), config, progress)
+
+
+def restored_by(checkpoints, state):
+    step, items, progress = checkpoints.restore(to_items(state))
+    return from_items(step, items, state), progress
+
+
 def restore(workdir, state):
     with Checkpoints(workdir, keep_last=2, keep_every=0) as checkpoints:
-        return checkpoints.restore(state)
+        return restored_by(checkpoints, state)
 
 
 def assert_same_bits(actual, expected):
@@ -135,11 +142,11 @@ class TestRoundTrip:
         state = make_state(123_456, time_sampler=time_sampler)
         assert bool(jax.tree.leaves(state.extra)) == (time_sampler == "loss_second_moment")
         with Checkpoints(tmp_path, keep_last=1, keep_every=0) as checkpoints:
-            checkpoints.save(state, config, PROGRESS)
+            save(checkpoints, state, config, PROGRESS)
             assert checkpoints.last == 123_456
         with Checkpoints(tmp_path, keep_last=1, keep_every=0) as checkpoints:
             assert checkpoints.last is None
-            restored, progress = checkpoints.restore(make_state(7, time_sampler=time_sampler))
+            restored, progress = restored_by(checkpoints, make_state(7, time_sampler=time_sampler))
             assert checkpoints.last == 123_456
         assert_same_bits(restored, state)
         assert progress == PROGRESS
@@ -148,7 +155,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)])
     def test_the_number_of_devices_may_change(self, make_state, config, tmp_path, before, after):
         with Checkpoints(tmp_path, keep_last=1, keep_every=0) as checkpoints:
-            checkpoints.save(make_state(5, before), config, PROGRESS)
+            save(checkpoints, make_state(5, before), config, PROGRESS)
         template = make_state(0, after)
         restored, _ = restore(tmp_path, template)
         assert_same_bits(restored, make_state(5))
@@ -158,10 +165,10 @@ class TestRoundTrip:
             assert len(shards(leaf)) == after
 
     def test_a_run_without_checkpoints_starts_with_what_it_has(self, make_state, tmp_path):
-        state = make_state()
-        restored, progress = restore(tmp_path / "new", state)
-        assert restored is state
-        assert progress == {}
+        items = to_items(make_state())
+        with Checkpoints(tmp_path / "new", keep_last=2, keep_every=0) as checkpoints:
+            assert checkpoints.restore(items) == (0, items, {})
+            assert checkpoints.last is None
         assert checkpoint.steps(tmp_path / "new") == []
         assert checkpoint.newest(tmp_path / "new") is None
 
@@ -171,7 +178,7 @@ class TestRoundTrip:
         run = tmp_path.relative_to(tmp_path) / "runs" / "x"
         with Checkpoints(run, keep_last=1, keep_every=0) as checkpoints:
             monkeypatch.chdir(tmp_path / "elsewhere")
-            checkpoints.save(small(3), config, {})
+            save(checkpoints, small(3), config, {})
             monkeypatch.chdir(tmp_path)
         assert checkpoint.newest(run) == 3
         np.testing.assert_array_equal(checkpoint.restore_item(run, 3, "params")["w"], 3)
@@ -194,7 +201,7 @@ class TestRoundTrip:
             donate_argnums=0,
         )
         with Checkpoints(tmp_path, keep_last=1, keep_every=0) as checkpoints:
-            checkpoints.save(state, config, {})
+            save(checkpoints, state, config, {})
             for _ in range(3):
                 state = step(state)
             jax.block_until_ready(state)
@@ -213,14 +220,14 @@ def test_keeps_the_last_ones_and_some_for_good(small, config, tmp_path):
         written = checkpoint.steps(tmp_path)
         with Checkpoints(tmp_path, keep_last, keep_every) as checkpoints:
             for step in steps:
-                checkpoints.save(small(step), config, {})
+                save(checkpoints, small(step), config, {})
                 assert set(written[-keep_last:]) <= set(checkpoint.steps(tmp_path))
                 written.append(step)
         kept = checkpoint.steps(tmp_path)
         names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
         assert names == {str(step) for step in kept}, "nothing else stays behind"
         for step in kept:
-            checkpoint.verify(tmp_path, step)
+            verify(tmp_path / "checkpoints" / str(step))
         return kept
 
     assert session([2, 3, 4, 5], keep_last=2, keep_every=4) == [4, 5]
@@ -243,17 +250,17 @@ class TestManifest:
     @pytest.mark.parametrize("item", ITEMS)
     def test_one_flipped_bit_in_any_file_is_noticed(self, run, item):
         folder, rng = run / "checkpoints" / "2", np.random.default_rng(0)
-        checkpoint.verify(run, 2)
+        verify(run / "checkpoints" / "2")
         for path in files_of(folder / item):
             whole = path.read_bytes()
             flip_a_bit(path, rng)
             name = path.relative_to(folder).as_posix()
             for items in (None, [item], ITEMS):
-                with one_line(f"^{name} has changed", checkpoint.Damaged):
-                    checkpoint.verify(run, 2, items)
-            checkpoint.verify(run, 2, set(ITEMS) - {item})
+                with one_line(f"^{name} has changed", Damaged):
+                    verify(run / "checkpoints" / "2", items)
+            verify(run / "checkpoints" / "2", set(ITEMS) - {item})
             path.write_bytes(whole)
-        checkpoint.verify(run, 2)
+        verify(run / "checkpoints" / "2")
 
     def test_the_config_is_kept_with_the_state(self, saved, config):
         stored = json.loads((saved / "checkpoints" / "2" / "config" / "metadata").read_text())
@@ -345,9 +352,9 @@ class TestDamage:
         self.damage(run, 2, missing)
         with Checkpoints(run, keep_last=2, keep_every=0) as checkpoints:
             with pytest.warns(UserWarning, match="checkpoint 2 is damaged"):
-                state, progress = checkpoints.restore(make_state())
+                state, progress = restored_by(checkpoints, make_state())
             assert checkpoints.last == 1
-            checkpoints.save(state._replace(step=state.step + 1), config, progress)
+            save(checkpoints, state._replace(step=state.step + 1), config, progress)
         restored, _ = restore(run, make_state())
         assert_same_bits(restored, state._replace(step=restored.step))
         assert restored.step == 2
@@ -429,7 +436,7 @@ class TestFailingSaves:
     def assert_others_are_whole(self, run):
         assert checkpoint.steps(run) == [1, 2]
         for step in (1, 2):
-            checkpoint.verify(run, step)
+            verify(run / "checkpoints" / str(step))
 
     def check_again_and_again(self, checkpoints):
         end = time.monotonic() + 30
@@ -440,12 +447,12 @@ class TestFailingSaves:
     @pytest.mark.parametrize("surface", ["check", "save", "wait"])
     def test_are_told_by_whatever_comes_next(self, run, full, small, config, surface):
         with Checkpoints(run, keep_last=2, keep_every=0) as checkpoints:
-            checkpoints.save(small(3), config, {})
+            save(checkpoints, small(3), config, {})
             with one_line(self.FAILED):
                 if surface == "check":
                     self.check_again_and_again(checkpoints)
                 elif surface == "save":
-                    checkpoints.save(small(4), config, {})
+                    save(checkpoints, small(4), config, {})
                 else:
                     checkpoints.wait()
             self.assert_others_are_whole(run)
@@ -453,18 +460,18 @@ class TestFailingSaves:
 
     def test_are_told_at_the_end(self, run, full, small, config):
         with one_line(self.FAILED), Checkpoints(run, keep_last=2, keep_every=0) as checkpoints:
-            checkpoints.save(small(3), config, {})
+            save(checkpoints, small(3), config, {})
         self.assert_others_are_whole(run)
 
     def test_do_not_keep_the_next_one_from_succeeding(self, run, full, small, config):
         with Checkpoints(run, keep_last=2, keep_every=0) as checkpoints:
-            checkpoints.save(small(3), config, {})
+            save(checkpoints, small(3), config, {})
             with one_line(self.FAILED):
                 checkpoints.wait()
             full.undo()
-            checkpoints.save(small(3), config, {})
+            save(checkpoints, small(3), config, {})
             checkpoints.wait()
-            checkpoint.verify(run, 3)
+            verify(run / "checkpoints" / "3")
         assert checkpoint.steps(run) == [2, 3]
 
     def test_are_cleared_away_by_the_next_run(self, run, full, small, config):
@@ -472,7 +479,7 @@ class TestFailingSaves:
             pytest.raises(UserError, match="could not be written"),
             Checkpoints(run, keep_last=2, keep_every=0) as checkpoints,
         ):
-            checkpoints.save(small(3), config, {})
+            save(checkpoints, small(3), config, {})
         with (
             pytest.warns(UserWarning, match="checkpoint 3 was not finished"),
             Checkpoints(run, keep_last=2, keep_every=0),
@@ -490,7 +497,7 @@ class TestFailingSaves:
             Checkpoints(run, keep_last=2, keep_every=0) as checkpoints,
             tiny.no_file_grows_past(size),
         ):
-            checkpoints.save(state, config, {})
+            save(checkpoints, state, config, {})
             checkpoints.wait()
         self.assert_others_are_whole(run)
 
@@ -500,7 +507,7 @@ class TestFailingSaves:
             one_line("^checkpoint 2 could not be written"),
             Checkpoints(run, keep_last=2, keep_every=0) as checkpoints,
         ):
-            checkpoints.save(small(2), config, {})
+            save(checkpoints, small(2), config, {})
         assert contents(run) == before
 
     def test_the_first_one(self, tmp_path, full, small, config):
@@ -508,7 +515,7 @@ class TestFailingSaves:
             one_line(r"^checkpoint 3 could not be written .*; there is none before it$"),
             Checkpoints(tmp_path, keep_last=2, keep_every=0) as checkpoints,
         ):
-            checkpoints.save(small(3), config, {})
+            save(checkpoints, small(3), config, {})
 
     def test_do_not_hide_another_error(self, run, full, small, config):
         with pytest.raises(ZeroDivisionError):
@@ -518,14 +525,14 @@ class TestFailingSaves:
 
 def save_and_fail(workdir, state, config):
     with Checkpoints(workdir, keep_last=2, keep_every=0) as checkpoints:
-        checkpoints.save(state, config, {})
+        save(checkpoints, state, config, {})
         raise ZeroDivisionError
 
 
 def test_an_error_does_not_lose_the_save_under_way(small, config, tmp_path):
     with pytest.raises(ZeroDivisionError):
         save_and_fail(tmp_path, small(3), config)
-    checkpoint.verify(tmp_path, 3)
+    verify(tmp_path / "checkpoints" / "3")
 
 
 class TestOtherStructure:
@@ -580,62 +587,6 @@ class TestOtherStructure:
 
     def test_memory_that_was_not_kept_is_named(self, make_state, small, config, tmp_path):
         with Checkpoints(tmp_path, keep_last=1, keep_every=0) as checkpoints:
-            checkpoints.save(make_state(1, time_sampler="uniform"), config, {})
+            save(checkpoints, make_state(1, time_sampler="uniform"), config, {})
         with one_line(f"checkpoint 1 in {tmp_path}.*extra"):
             restore(tmp_path, make_state())
-
-
-class TestInitialParameters:
-    SEED = jax.random.key(3)
-
-    def make(self, make_setting, donor="", spec=None, workdir=NOWHERE):
-        setting = make_setting(spec, init_from=str(donor))
-        return initial_parameters(setting.config, setting.model.network, self.SEED, workdir)
-
-    def test_are_drawn_from_the_seed(self, make_setting):
-        network = make_setting().model.network
-        drawn = network.init(stream_key(self.SEED, Stream.PARAMETERS))
-        assert_same_bits(self.make(make_setting), drawn)
-
-    def test_are_the_averages_of_another_run(self, make_setting, make_state, saved):
-        params = self.make(make_setting, saved)
-        assert_same_bits(params, make_state(2).ema["network"])
-        for leaf in jax.tree.leaves(params):
-            assert isinstance(leaf, jax.Array)
-            assert not leaf.weak_type
-
-    def test_are_not_looked_for_once_the_run_has_a_checkpoint(self, make_setting, saved):
-        params = self.make(make_setting, "nowhere", workdir=saved)
-        assert_same_bits(params, self.make(make_setting))
-
-    def test_relative_path(self, make_setting, make_state, saved, monkeypatch):
-        monkeypatch.chdir(saved.parent)
-        assert_same_bits(self.make(make_setting, saved.name), make_state(2).ema["network"])
-
-    def test_only_the_averages_must_be_whole(self, make_setting, make_state, run):
-        flipped(run / "checkpoints" / "2" / "params" / "_METADATA")
-        assert_same_bits(self.make(make_setting, run), make_state(2).ema["network"])
-        flipped(run / "checkpoints" / "2" / "ema" / "_METADATA")
-        with pytest.warns(UserWarning, match="checkpoint 2 is damaged: ema/_METADATA"):
-            params = self.make(make_setting, run)
-        assert_same_bits(params, make_state(1).ema["network"])
-
-    @pytest.mark.parametrize("made", [False, True])
-    def test_a_run_that_is_not_there_is_one_line(self, make_setting, tmp_path, made):
-        if made:
-            (tmp_path / "run").mkdir()
-        with one_line(f"^config.init_from={tmp_path / 'run'}: no checkpoint"):
-            self.make(make_setting, tmp_path / "run")
-
-    def test_another_network_is_one_line(self, make_setting, saved):
-        with one_line(rf"^config.init_from={saved} .*: bias is \(1, 1, 1, 1\), .*\(1, 1, 1, 3\)"):
-            self.make(make_setting, saved, tiny.spec((4, 4, 3)))
-
-    def test_a_damaged_run_is_one_line_naming_the_field(self, make_setting, run):
-        for step in (1, 2):
-            missing(run / "checkpoints" / str(step) / "manifest.json")
-        with (
-            pytest.warns(UserWarning, match="is damaged"),
-            one_line(f"^config.init_from={run}.* damaged"),
-        ):
-            self.make(make_setting, run)

@@ -12,7 +12,7 @@ import pytest
 from jobs import joined, tells_of_another
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.runs.identity import claimed
+from jax_ddpm.runs.workdir import claimed
 from jax_ddpm.runtime.devices import make_mesh, place, split
 from jax_ddpm.runtime.distributed import (
     from_first,

@@ -24,6 +24,7 @@ from jax_ddpm.tasks.classification import (
 )
 from jax_ddpm.tasks.recipe import make_recipe
 from jax_ddpm.tasks.table import make_model
+from jax_ddpm.training.initial import initial_parameters
 from jax_ddpm.training.loop import train
 from jax_ddpm.training.preflight import Preflight
 from jax_ddpm.training.state import init_state
@@ -279,7 +280,7 @@ class TestRun:
     def test_another_run_starts_from_it(self, finished, tmp_path):
         config = tiny.config(**FIELDS | {"init_from": str(finished)})
         network = make_model(config, factory.make_source(config).spec).network
-        start = checkpoint.initial_parameters(config, network, jax.random.key(0), tmp_path)
+        start = initial_parameters(config, network, jax.random.key(0), tmp_path)
         expected = checkpoint.restore_item(finished, 40, "ema")["network"]
         jax.tree.map(np.testing.assert_array_equal, start, expected)
 

@@ -267,7 +267,7 @@ def test_stopping_without_saving_is_an_error(run, tmp_path, monkeypatch):
     def fail(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_digest", fail)
+    monkeypatch.setattr(checkpoint, "sign", fail)
     with pytest.raises(UserError, match=r"checkpoint 1 could not be written .*No space left"):
         run(tmp_path, poll=StopAtCall(1))
 

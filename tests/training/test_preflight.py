@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import pytest
 import tiny
 
@@ -20,6 +19,7 @@ from jax_ddpm.runtime.stopping import Stopped
 from jax_ddpm.training import preflight
 from jax_ddpm.training import step as training_step
 from jax_ddpm.training.preflight import Preflight
+from jax_ddpm.training.state import to_items
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 
@@ -188,7 +188,7 @@ class TestRunInTheWorkdir:
             prepare()
         save_identity(workdir, check.config, check.source.spec)
         with preflight.Checkpoints(workdir, keep_last=1, keep_every=0) as checkpoints:
-            checkpoints.save(check.state._replace(step=jnp.int32(4)), check.config, {})
+            checkpoints.save(4, to_items(check.state), check.config, {})
         return workdir
 
     @pytest.fixture
@@ -303,10 +303,11 @@ class TestFailures:
     @pytest.mark.parametrize("part", ["step", "params", "ema", "opt_state"])
     def test_checkpoint_that_reads_back_differently(self, tmp_path, monkeypatch, part):
         class Forgetful(preflight.Checkpoints):
-            def restore(self, state):
-                restored, progress = super().restore(state)
-                changed = jax.tree.map(lambda leaf: leaf + 1, getattr(restored, part))
-                return restored._replace(**{part: changed}), progress
+            def restore(self, items):
+                step, items, progress = super().restore(items)
+                parts = {"step": step} | items
+                parts[part] = jax.tree.map(lambda leaf: leaf + 1, parts[part])
+                return parts.pop("step"), parts, progress
 
         monkeypatch.setattr(preflight, "Checkpoints", Forgetful)
         assert "read back differently" in fails("checkpoints", config(), tmp_path)

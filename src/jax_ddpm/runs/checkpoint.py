@@ -1,9 +1,8 @@
-"""Checkpoints: ``<workdir>/checkpoints/<step>/`` with one item for each part of the state.
+"""Checkpoints: ``<workdir>/checkpoints/<step>/`` with named items, each a tree of arrays.
 
 A checkpoint appears whole or not at all: Orbax writes it beside its place in the background and
-renames it. ``manifest.json`` in it holds the SHA-256 of every file of the items, since Orbax itself
-restores from damaged files without a word. Of several processes each writes the parts that lie on
-its devices, into a folder that all can reach; the first one alone chooses, signs and deletes.
+renames it, once its manifest is in it. Of several processes each writes the parts that lie on its
+devices, into a folder that all can reach; the first one alone chooses, signs and deletes.
 """
 
 import contextlib
@@ -16,24 +15,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_ddpm.runtime.devices import place
-from jax_ddpm.runtime.distributed import from_first, is_first, lost
 from jax_ddpm.errors import UserError
-from jax_ddpm.keys import Stream, stream_key
-from jax_ddpm.models.network import Network
-from jax_ddpm.training.state import TrainState
+from jax_ddpm.runs.manifest import Damaged, sign, verify
+from jax_ddpm.runtime.distributed import from_first, is_first, lost
 
-_MANIFEST = "manifest.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _DELETED = ".deleted"
-
-
-class Damaged(Exception):
-    """A checkpoint whose files are not those that were written."""
 
 
 def folder(workdir: pathlib.Path) -> pathlib.Path:
@@ -45,34 +35,6 @@ def steps(workdir: pathlib.Path) -> list[int]:
     """The steps with a finished checkpoint, in order."""
     found = folder(workdir).glob("*")
     return sorted(int(path.name) for path in found if path.name.isdecimal())
-
-
-def verify(workdir: pathlib.Path, step: int, items: Iterable[str] | None = None) -> None:
-    """Compares the files of the items, of all by default, with the manifest.
-
-    Raises:
-      Damaged: naming the first file that is missing or differs.
-    """
-    path = folder(workdir) / str(step)
-    try:
-        manifest = dict(json.loads((path / _MANIFEST).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise Damaged(f"{_MANIFEST} cannot be read") from error
-    held = {name.partition("/")[0] for name in manifest}
-    wanted = held | {"params"} if items is None else set(items)
-    for item in sorted(wanted - held):
-        raise Damaged(f"{_MANIFEST} knows no {item}")
-    for name, digest in manifest.items():
-        if name.partition("/")[0] not in wanted:
-            continue
-        try:
-            found = _digest(path / name)
-        except FileNotFoundError as error:
-            raise Damaged(f"{name} is missing") from error
-        except OSError as error:
-            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
-        if found != digest:
-            raise Damaged(f"{name} has changed since it was written")
 
 
 def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | None:
@@ -89,7 +51,7 @@ def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | N
 def _newest(workdir: pathlib.Path, items: Iterable[str] | None) -> int | None:
     for step in reversed(steps(workdir)):
         try:
-            verify(workdir, step, items)
+            verify(folder(workdir) / str(step), items)
         except Damaged as damage:
             warnings.warn(f"checkpoint {step} is damaged: {damage}", stacklevel=2)
         else:
@@ -127,14 +89,14 @@ def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
     """
     import orbax.checkpoint as ocp
 
-    path = folder(workdir) / str(step) / item
+    path = folder(workdir) / str(step)
     try:
-        verify(workdir, step, [item])
+        verify(path, [item])
         # Not a Checkpointer: it warns that a single item lacks the metadata of a checkpoint.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            stored = handler.metadata(path).tree
+            stored = handler.metadata(path / item).tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-            return handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            return handler.restore(path / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     except (Damaged, OSError, ValueError) as error:
         raise UserError(f"checkpoint {step} in {workdir}: {_one_line(error)}") from error
 
@@ -148,7 +110,7 @@ def digest(params: Any) -> str:
 
 
 class Checkpoints:
-    """Saves and restores the train state of a run; to be closed, which waits for the last save.
+    """Saves and restores what a run goes on from; to be closed, which waits for the last save.
 
     Kept are the last ``keep_last`` and those at multiples of ``keep_every`` (0: none).
     """
@@ -184,10 +146,12 @@ class Checkpoints:
             if _UNFINISHED in path.name or path.name.endswith(_DELETED):
                 shutil.rmtree(path)
 
-    def save(self, state: TrainState, config: ConfigDict, progress: dict[str, Any]) -> None:
-        """Saves in the background, after copying the state to the host.
+    def save(
+        self, step: int, items: dict[str, Any], config: ConfigDict, progress: dict[str, Any]
+    ) -> None:
+        """Saves in the background, after copying the items, trees of arrays by name, to the host.
 
-        ``progress`` is what the loop needs beside the state, as JSON.
+        ``progress`` is what the loop needs beside them, as JSON.
 
         Raises:
           UserError: where this or the previous save failed; earlier checkpoints stay as they are.
@@ -195,19 +159,14 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        self.last = int(state.step)
-        args = {name: ocp.args.StandardSave(item) for name, item in self._items(state).items()}
-        args["progress"] = ocp.args.JsonSave(progress | {"step": self.last})
+        self.last = step
+        args = {name: ocp.args.StandardSave(item) for name, item in _not_empty(items).items()}
+        args["progress"] = ocp.args.JsonSave(progress | {"step": step})
         args["config"] = ocp.args.JsonSave(json.loads(config.to_json()))
         try:
-            self._saver.save(self._folder / str(self.last), args=ocp.args.Composite(**args))
+            self._saver.save(self._folder / str(step), args=ocp.args.Composite(**args))
         except Exception as error:
             raise self._failure(error) from error
-
-    def _items(self, state: TrainState) -> dict[str, Any]:
-        """The parts of the state but the step; Orbax refuses empty ones."""
-        items = {name: getattr(state, name) for name in ("params", "ema", "opt_state", "extra")}
-        return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
     def _sign(self) -> None:
         """Puts the manifest into a checkpoint that is complete but not yet renamed.
@@ -215,9 +174,7 @@ class Checkpoints:
         Orbax calls this on the first process only, when all have written their parts.
         """
         (path,) = self._folder.glob(f"{self.last}{_UNFINISHED}*")
-        files = sorted(file for file in path.glob("*/**/*") if file.is_file())
-        manifest = {file.relative_to(path).as_posix(): _digest(file) for file in files}
-        (path / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        sign(path)
 
     def check(self) -> None:
         """Raises UserError as soon as a save in the background has failed."""
@@ -247,12 +204,12 @@ class Checkpoints:
             + (f"checkpoint {kept[-1]} is the last one" if kept else "there is none before it")
         )
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest whole checkpoint in place of ``state``, and its progress.
+    def restore(self, items: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Step, items and progress of the newest whole checkpoint.
 
-        ``state`` says the structure and how it lies on the devices, on which and on how many may
+        ``items`` say their structure and how they lie on the devices, on which and on how many may
         have changed. Damaged newer checkpoints are set aside in ``damaged/``. Without a checkpoint
-        ``state`` itself is returned, and {}.
+        it is step 0 with ``items`` themselves, and {}.
 
         Raises:
           UserError: where all are damaged, or the checkpoint is of another structure.
@@ -261,32 +218,29 @@ class Checkpoints:
 
         step = newest(self._workdir)
         if step is None:
-            return state, {}
+            return 0, items, {}
         from_first(lambda: self._set_aside_after(step))
-        path = self._folder / str(step)
+        path, wanted = self._folder / str(step), _not_empty(items)
         where = f"checkpoint {step} in {self._workdir}"
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            for name, item in self._items(state).items():
+            for name, item in wanted.items():
                 held = (path / name).is_dir()
                 stored = handler.metadata(path / name).tree if held else {}
-                _require_same_structure({name: item}, {name: stored}, where)
+                require_same_structure({name: item}, {name: stored}, where)
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            wanted,
         )
         args: dict[str, Any] = {"progress": ocp.args.JsonRestore()}
-        for name, item in self._items(abstract).items():
+        for name, item in abstract.items():
             args[name] = ocp.args.StandardRestore(item)
         try:
             restored = self._saver.restore(path, args=ocp.args.Composite(**args))
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(
-                f"checkpoint {step} in {self._workdir} does not fit this config: {_one_line(error)}"
-            ) from error
+            raise UserError(f"{where} does not fit this config: {_one_line(error)}") from error
         progress = restored["progress"]
-        arrays = {name: restored[name] for name in self._items(abstract)}
-        self.last = progress["step"]
-        count = place(np.int32(progress.pop("step")), state.step.sharding)  # type: ignore[arg-type]
-        return state._replace(step=count, **arrays), progress
+        self.last = done = progress.pop("step")
+        return done, items | {name: restored[name] for name in wanted}, progress
 
     def _set_aside_after(self, step: int) -> None:
         aside = self._workdir / "damaged"
@@ -297,32 +251,12 @@ class Checkpoints:
                 (self._folder / str(later)).rename(aside / str(later))
 
 
-def initial_parameters(
-    config: ConfigDict, network: Network, seed: Any, workdir: pathlib.Path
-) -> Any:
-    """Drawn from the run's seed key, or the averages of the run ``config.init_from``.
-
-    That run is not needed any more once this one has a checkpoint in ``workdir``.
-
-    Raises:
-      UserError: where there is no such run, or its network is another one.
-    """
-    params = network.init(stream_key(seed, Stream.PARAMETERS))
-    if not config.init_from or from_first(lambda: steps(workdir)):
-        return params
-    donor = pathlib.Path(config.init_from)
-    try:
-        step = newest(donor, ["ema"])
-    except UserError as error:
-        raise UserError(f"config.init_from={donor}: every checkpoint is damaged") from error
-    if step is None:
-        raise UserError(f"config.init_from={donor}: no checkpoint there; give the folder of a run")
-    found = restore_item(donor, step, "ema")["network"]
-    _require_same_structure(params, found, f"config.init_from={donor}")
-    return jax.tree.map(jnp.asarray, found)
+def _not_empty(items: dict[str, Any]) -> dict[str, Any]:
+    """Orbax refuses trees without leaves."""
+    return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
 
-def _require_same_structure(wanted: Any, found: Any, where: str) -> None:
+def require_same_structure(wanted: Any, found: Any, where: str) -> None:
     """Raises UserError naming the first parameter that differs."""
     shapes = [
         {
@@ -335,11 +269,6 @@ def _require_same_structure(wanted: Any, found: Any, where: str) -> None:
         needed, held = (tree.get(name, "absent") for tree in shapes)
         if needed != held:
             raise UserError(f"{where} does not fit: {name} is {held}, needed is {needed}")
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

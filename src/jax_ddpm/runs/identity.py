@@ -1,10 +1,8 @@
 """What a run is: its config and its data, noted in the workdir and compared when it resumes."""
 
-import contextlib
 import json
 import pathlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,40 +10,9 @@ from ml_collections import ConfigDict
 from jax_ddpm.config import default
 from jax_ddpm.config.fields import fields
 from jax_ddpm.data.source import Spec
-from jax_ddpm.runtime.distributed import from_first
 from jax_ddpm.errors import UserError
-from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runs import checkpoint
-
-
-@contextlib.contextmanager
-def claimed(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes the folder, and keeps other jobs from training into it meanwhile.
-
-    Raises:
-      UserError: where it cannot be written, or another job trains there.
-    """
-    with contextlib.ExitStack() as held:
-        from_first(lambda: _claim(workdir, held))
-        yield
-
-
-def _claim(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
-    import fcntl
-
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((workdir / ".lock").open("w"))
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"--workdir={workdir}: another process trains there; wait for it or stop it"
-        ) from error
-    except OSError:
-        pass  # some network file systems have no locks
+from jax_ddpm.runtime.files import replacing
 
 
 def require_same_run(
@@ -123,8 +90,7 @@ def differences(
     return {
         field: (before.get(field), after.get(field))
         for field in before | after
-        if before.get(field) != after.get(field)
-        and field not in free
+        if before.get(field) != after.get(field) and field not in free
     }
 
 

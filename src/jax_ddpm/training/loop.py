@@ -16,8 +16,9 @@ from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
 from jax_ddpm.runs import checkpoint
-from jax_ddpm.runs.checkpoint import Checkpoints, initial_parameters
-from jax_ddpm.runs.identity import claimed, require_same_run, save_identity
+from jax_ddpm.runs.checkpoint import Checkpoints
+from jax_ddpm.runs.identity import require_same_run, save_identity
+from jax_ddpm.runs.workdir import claimed
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first, own_folder
 from jax_ddpm.runtime.stopping import Poll, Stopped, never
@@ -25,9 +26,10 @@ from jax_ddpm.tasks.recipe import make_recipe
 from jax_ddpm.tasks.table import make_model, make_objective
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.heldout import HeldOut
+from jax_ddpm.training.initial import initial_parameters
 from jax_ddpm.training.meter import Meter, MetricWriter, NonFinite, Progress
 from jax_ddpm.training.profile import Profiler
-from jax_ddpm.training.state import init_state
+from jax_ddpm.training.state import from_items, init_state, to_items
 from jax_ddpm.training.step import compile_step, spread
 
 
@@ -107,8 +109,8 @@ def _train(
     state = spread(init_state(recipe, params, objective.init()), mesh)
 
     with Checkpoints(workdir, every.keep_last, every.keep_every) as checkpoints:
-        state, resumed = checkpoints.restore(state)
-        done = int(state.step)
+        done, items, resumed = checkpoints.restore(to_items(state))
+        state = from_items(done, items, state)
         if done > num_steps:
             raise UserError(f"--workdir={workdir}: {done} steps are done; raise training.num_steps")
         save_identity(own, config, source.spec)
@@ -139,7 +141,7 @@ def _train(
             def save() -> None:
                 with meter.paused():
                     progress = {"unlogged": meter.state(), "position": writer.position}
-                    checkpoints.save(state, config, progress)
+                    checkpoints.save(done, to_items(state), config, progress)
 
             def due(interval: int) -> bool:
                 return done > 0 and (done % interval == 0 or done == num_steps)

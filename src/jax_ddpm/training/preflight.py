@@ -15,7 +15,7 @@ from jax_ddpm import factory
 from jax_ddpm.config.validation import validate
 from jax_ddpm.errors import UserError
 from jax_ddpm.runs import checkpoint
-from jax_ddpm.runs.checkpoint import Checkpoints, initial_parameters
+from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import require_same_run
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first
@@ -23,7 +23,8 @@ from jax_ddpm.runtime.stopping import Poll, never
 from jax_ddpm.tasks.recipe import make_recipe
 from jax_ddpm.tasks.table import make_model, make_objective
 from jax_ddpm.training.feed import Feed
-from jax_ddpm.training.state import init_state
+from jax_ddpm.training.initial import initial_parameters
+from jax_ddpm.training.state import from_items, init_state, to_items
 from jax_ddpm.training.step import compile_step, spread
 
 
@@ -132,12 +133,12 @@ class Preflight:
             )
             trial, start = pathlib.Path(folder), time.perf_counter()
             with Checkpoints(trial, keep_last=1, keep_every=0) as checkpoints:
-                checkpoints.save(self.state, self.config, {})
+                checkpoints.save(0, to_items(self.state), self.config, {})
                 checkpoints.wait()
                 written = time.perf_counter()
-                restored, _ = checkpoints.restore(self.state)
+                step, items, _ = checkpoints.restore(to_items(self.state))
                 read = time.perf_counter()
-        if not _equal(restored, self.state):
+        if not _equal(from_items(step, items, self.state), self.state):
             raise UserError(f"--workdir={self.workdir}: a checkpoint read back differently")
         resumes = "" if done is None else f"; training goes on after step {done:,}"
         return f"written in {written - start:.1f} s, read in {read - written:.1f} s{resumes}"

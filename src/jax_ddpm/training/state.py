@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
+from jax_ddpm.runtime.devices import place
 from jax_ddpm.tasks.recipe import Recipe
 
 
@@ -38,3 +40,15 @@ def init_state(recipe: Recipe, params: dict[str, Any], extra: Any) -> TrainState
         ),
         extra=extra,
     )
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """All but the step, as the items of a checkpoint."""
+    items = state._asdict()
+    del items["step"]
+    return items
+
+
+def from_items(step: int, items: dict[str, Any], like: TrainState) -> TrainState:
+    """The state of these items; its step lies on the devices where that of ``like`` does."""
+    return TrainState(place(np.int32(step), like.step.sharding), **items)

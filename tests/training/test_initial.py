@@ -1,0 +1,112 @@
+"""The parameters that training starts from: drawn, or those of another run."""
+
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jax_ddpm.errors import UserError
+from jax_ddpm.keys import Stream, stream_key
+from jax_ddpm.runs.checkpoint import Checkpoints
+from jax_ddpm.training.initial import initial_parameters
+
+SEED = jax.random.key(3)
+NOWHERE = pathlib.Path("a workdir without checkpoints")
+
+
+def make(make_setting, donor="", spec=None, workdir=NOWHERE):
+    setting = make_setting(spec, init_from=str(donor))
+    return initial_parameters(setting.config, setting.model.network, SEED, workdir)
+
+
+@pytest.fixture(scope="module")
+def averages(make_setting):
+    """By step."""
+    network = make_setting().model.network
+    return {step: network.init(jax.random.key(step)) for step in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def saved(make_setting, averages, tmp_path_factory):
+    """A run with these averages in its checkpoints."""
+    workdir = tmp_path_factory.mktemp("saved")
+    with Checkpoints(workdir, keep_last=2, keep_every=0) as checkpoints:
+        for step, params in averages.items():
+            items = {"params": {"network": jnp.zeros(1)}, "ema": {"network": params}}
+            checkpoints.save(step, items, make_setting().config, {})
+    return workdir
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """To be damaged."""
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def damage(run, step, item):
+    (run / "checkpoints" / str(step) / item / "_METADATA").unlink()
+
+
+def assert_equal(params, expected):
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    for leaf in jax.tree.leaves(params):
+        assert isinstance(leaf, jax.Array)
+        assert not leaf.weak_type
+
+
+def refuses(match, *arguments):
+    with pytest.raises(UserError, match=match) as caught:
+        make(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_are_drawn_from_the_seed(make_setting):
+    network = make_setting().model.network
+    assert_equal(make(make_setting), network.init(stream_key(SEED, Stream.PARAMETERS)))
+
+
+def test_are_the_averages_of_another_run(make_setting, averages, saved):
+    assert_equal(make(make_setting, saved), averages[2])
+
+
+def test_are_not_looked_for_once_the_run_has_a_checkpoint(make_setting, saved):
+    assert_equal(make(make_setting, "nowhere", workdir=saved), make(make_setting))
+
+
+def test_relative_path(make_setting, averages, saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert_equal(make(make_setting, saved.name), averages[2])
+
+
+def test_only_the_averages_must_be_whole(make_setting, averages, run):
+    damage(run, 2, "params")
+    assert_equal(make(make_setting, run), averages[2])
+    damage(run, 2, "ema")
+    with pytest.warns(UserWarning, match="checkpoint 2 is damaged: ema/_METADATA"):
+        params = make(make_setting, run)
+    assert_equal(params, averages[1])
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_run_that_is_not_there_is_one_line(make_setting, tmp_path, made):
+    donor = tmp_path / "run"
+    if made:
+        donor.mkdir()
+    refuses(f"^config.init_from={re.escape(str(donor))}: no checkpoint", make_setting, donor)
+
+
+def test_another_network_is_one_line(make_setting, saved):
+    line = rf"^config.init_from={saved} .*: bias is \(1, 1, 1, 1\), .*\(1, 1, 1, 3\)"
+    refuses(line, make_setting, saved, tiny.spec((4, 4, 3)))
+
+
+def test_a_damaged_run_is_one_line_naming_the_field(make_setting, run):
+    for step in (1, 2):
+        damage(run, step, "ema")
+    with pytest.warns(UserWarning, match="is damaged"):
+        refuses(f"^config.init_from={run}.* damaged", make_setting, run)

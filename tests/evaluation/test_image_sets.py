@@ -1,5 +1,6 @@
 """Sets of images: which image is which, and that the cache never gives another's."""
 
+import hashlib
 import io
 import pathlib
 import zlib
@@ -286,6 +287,16 @@ class TestFileSet:
         save_png(tmp_path / "elsewhere" / "000002.png", colours(7))
         assert file_set(tmp_path / "elsewhere").identity != first
 
+    def test_identity_is_that_of_records_of_before(self, folder, tmp_path):
+        """Nothing that was measured may be taken for other images."""
+        files = [(folder / f"{i:06}.png").read_bytes() for i in range(5)]
+        digest = hashlib.sha256(b"".join(hashlib.sha256(file).digest() for file in files))
+        assert file_set(folder).identity == {"files_sha256": digest.hexdigest()}
+        path = tmp_path / "file.npz"
+        np.savez(path, images=IMAGES)
+        digest = hashlib.sha256(path.read_bytes())
+        assert file_set(path).identity == {"file_sha256": digest.hexdigest()}
+
     def test_the_order_belongs_to_the_identity(self, folder):
         first = file_set(folder).identity
         (folder / "000000.png").rename(folder / "000009.png")
@@ -332,7 +343,7 @@ class TestFileSet:
         assert "5×4" in line
 
     def test_nothing_there_is_refused(self, tmp_path):
-        assert "no .png files" in self.refuses(tmp_path)
+        assert "no images there (.png .jpg" in self.refuses(tmp_path)
         assert "nothing.npz" in self.refuses(tmp_path / "nothing.npz")
 
     @pytest.mark.parametrize("wrong", WRONG)

@@ -296,7 +296,7 @@ class TestCommandLine:
 
     def test_hands_on_every_setting(self, monkeypatch, model, tmp_path):
         asked = {}
-        monkeypatch.setattr(editing, "write_edits", lambda *a, **k: asked.update(vars(a[2]), **k))
+        monkeypatch.setattr(edits, "write_edits", lambda *a, **k: asked.update(vars(a[2]), **k))
         given = {
             "edit": "superres",
             "images": "here",

@@ -2,13 +2,16 @@
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 _ORIENTATION, _TRANSPOSED = 0x0112, range(5, 9)  # EXIF
+_GRAY = ("1", "L", "I;16")  # Pillow's modes
 
 
 class UnreadableError(Exception):
@@ -40,14 +43,30 @@ def decode(
         return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def decoded_size(path: str, image_size: int) -> tuple[int, int]:
-    """Height and width that ``decode`` will give, from the file's header; raises like it."""
+class FileInfo(NamedTuple):
+    """What is known of an image file before its pixels are.
+
+    Attributes:
+      height, width: as ``decode`` will give them.
+      gray: whether the file has no colour.
+      num_bytes: the size of the file.
+    """
+
+    height: int
+    width: int
+    gray: bool
+    num_bytes: int
+
+
+def file_info(path: str, image_size: int) -> FileInfo:
+    """From the header of a file to be decoded to ``image_size``; raises like ``decode``."""
     with _opened(path) as image:
+        gray, num_bytes = image.mode in _GRAY, os.path.getsize(path)
         if image_size:
-            return image_size, image_size
+            return FileInfo(image_size, image_size, gray, num_bytes)
         if image.getexif().get(_ORIENTATION) in _TRANSPOSED:
             image = ImageOps.exif_transpose(image)
-        return image.height, image.width
+        return FileInfo(image.height, image.width, gray, num_bytes)
 
 
 @contextlib.contextmanager

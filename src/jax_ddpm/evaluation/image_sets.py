@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jax_ddpm.data.decode import UnreadableError, decode
+from jax_ddpm.data.given import given_arrays, given_folder
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
-from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.parts import Arrays, Parts
 from jax_ddpm.images import from_levels, to_uint8
 from jax_ddpm.inference.trained import Trained
@@ -100,73 +99,20 @@ def split_set(source: Source, split: str) -> ImageSet:
 
 
 def file_set(path: pathlib.Path) -> ImageSet:
-    """The images of a folder of files, in the order of their names, or of an ``.npz``.
-
-    An ``.npz`` holds uint8 ``images`` (or a single array of any name) and perhaps ``labels``.
+    """The images of a folder of files, in the order of their paths, or of an ``.npz``.
 
     Raises:
       UserError: naming a file that is missing, cannot be read, or is of another size.
     """
-    if path.is_dir():
-        return _folder_set(path)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except Exception as error:  # whatever damaged bytes lead zipfile to
-        raise UserError(f"{path}: not a folder of images nor a readable .npz") from error
-    images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
-    shaped = images is not None and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
-    if images is None or images.dtype != np.uint8 or not shaped:
-        raise UserError(f"{path}: it must hold 'images', uint8 [n, height, width, 1 or 3]")
-    labels = arrays.get("labels")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise UserError(
-            f"{path}: labels is {labels.dtype} {list(labels.shape)}; it must hold {len(images)} "
-            "integers"
-        )
-    identity = {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return ImageSet(identity, len(images), images.__getitem__, labels)
-
-
-def _folder_set(path: pathlib.Path) -> ImageSet:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png")
-    if not files:
-        raise UserError(f"{path}: no .png files there")
-
-    def load(file: pathlib.Path, channels: int) -> UInt8[np.ndarray, "h w c"]:
-        try:
-            return decode(file.read_bytes(), 0, channels)
-        except (UnreadableError, OSError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); replace or remove it") from error
-
-    gray = all(map(_is_gray, files))  # some encoders make a gray file of one colour image
-    shape = load(files[0], 1 if gray else 3).shape
-
-    def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
-        images = []
-        for file in (files[i] for i in index):
-            images.append(load(file, shape[-1]))
-            if images[-1].shape != shape:
-                raise UserError(
-                    f"{file}: {images[-1].shape[1]}×{images[-1].shape[0]} pixels, but "
-                    f"{files[0].name} has {shape[1]}×{shape[0]}; give images of one size"
-                )
-        return np.stack(images)
-
+    if not path.is_dir():
+        images, labels = given_arrays(path)
+        identity = {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return ImageSet(identity, len(images), images.__getitem__, labels)
+    folder = given_folder(path)
     digest = hashlib.sha256()
-    for file in files:
+    for file in folder.files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return ImageSet({"files_sha256": digest.hexdigest()}, len(files), read)
-
-
-def _is_gray(file: pathlib.Path) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return image.mode in ("1", "L", "I;16")
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
-        raise UserError(f"{file}: cannot be read; replace or remove it") from error
+    return ImageSet({"files_sha256": digest.hexdigest()}, len(folder.files), folder.read)
 
 
 def noised(images: ImageSet, std: int) -> ImageSet:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jax_ddpm import images
 from jax_ddpm.data.decode import UnreadableError, decode
+from jax_ddpm.data.given import given_images
 from jax_ddpm.diffusion import encoding
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.editing import (
@@ -29,7 +30,6 @@ from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.ddim import ddim
 from jax_ddpm.diffusion.samplers.loop import Sampler, sample
 from jax_ddpm.errors import UserError
-from jax_ddpm.evaluation.image_sets import file_set
 from jax_ddpm.factory import Model
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, stream_key
@@ -45,7 +45,7 @@ class Request:
 
     Attributes:
       edit: a name in ``EDITS``.
-      images: a folder of PNGs or an ``.npz``, of the model's size; for "superres" that, or
+      images: a folder of images or an ``.npz``, of the model's size; for "superres" that, or
         ``factor`` times smaller.
       num_samples: variants of each image; for "interpolate" images between two, these included.
       mask: of "inpaint": a gray PNG, white where the images are made anew, black where kept.
@@ -292,8 +292,7 @@ def _check_label(model: Model, label: int | None) -> None:
 def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:
     """In [-1, 1]; gray ones serve a model of colour, and small ones super-resolution."""
     height, width, channels = model.spec.image_shape
-    files = file_set(request.images)
-    found = files.read(np.arange(files.count))
+    found = given_images(request.images)
     factor = request.factor
     if request.edit == "superres" and found.shape[1:3] == (height // factor, width // factor):
         found = found.repeat(factor, axis=1).repeat(factor, axis=2)

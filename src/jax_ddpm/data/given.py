@@ -1,0 +1,87 @@
+"""Images that a user gives to be measured or edited: a folder of files, or an ``.npz``."""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jax_ddpm.data.decode import UnreadableError, decode
+from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe
+from jax_ddpm.errors import UserError
+
+_REMEDY = "replace or remove it"
+
+
+class GivenFolder(NamedTuple):
+    """The images of a folder in the order of their paths, decoded when they are asked for."""
+
+    files: list[pathlib.Path]
+    channels: int
+
+    def read(self, index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
+        """Raises UserError naming a file that is damaged."""
+        return np.stack([self._load(self.files[i]) for i in index])
+
+    def _load(self, file: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
+        try:
+            return decode(file.read_bytes(), 0, self.channels)
+        except (UnreadableError, OSError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); {_REMEDY}") from error
+
+
+class GivenArrays(NamedTuple):
+    """The images of an ``.npz``, and the class that was asked for of each, if it says."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, " n"] | None
+
+
+def given_folder(root: pathlib.Path) -> GivenFolder:
+    """The images of ``data.image_files``' rule, gray if all files are, else all colour.
+
+    Raises:
+      UserError: where there are none, they differ in size, or one cannot be opened.
+    """
+    files = list_images(root)
+    if not files:
+        raise UserError(f"{root}: no images there ({' '.join(SUFFIXES)})")
+    infos, unreadable = probe(root, files)
+    for file, error in unreadable.items():
+        raise UserError(f"{root / file}: cannot be read ({error}); {_REMEDY}")
+    one_size(root, infos, "give images of one size")
+    # Not by the first: some encoders make a gray file of one colour image.
+    gray = all(info.gray for info in infos.values())
+    return GivenFolder([root / file for file in files], 1 if gray else 3)
+
+
+def given_arrays(path: pathlib.Path) -> GivenArrays:
+    """Of an ``.npz`` with uint8 ``images`` (or a single array of any name), perhaps ``labels``.
+
+    Raises:
+      UserError: naming the file and what is wrong with it.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except Exception as error:  # whatever damaged bytes lead zipfile to
+        raise UserError(f"{path}: not a folder of images nor a readable .npz") from error
+    images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
+    shaped = images is not None and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
+    if images is None or images.dtype != np.uint8 or not shaped:
+        raise UserError(f"{path}: it must hold 'images', uint8 [n, height, width, 1 or 3]")
+    labels = arrays.get("labels")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(
+            f"{path}: labels is {labels.dtype} {list(labels.shape)}; it must hold {len(images)} "
+            "integers"
+        )
+    return GivenArrays(images, labels)
+
+
+def given_images(path: pathlib.Path) -> UInt8[np.ndarray, "n h w c"]:
+    """All images of a folder or of an ``.npz``; raises UserError as these do."""
+    if not path.is_dir():
+        return given_arrays(path).images
+    folder = given_folder(path)
+    return folder.read(np.arange(len(folder.files)))

@@ -19,7 +19,7 @@ import numpy as np
 from measuring import Program, alternate, compared, report
 
 from jax_ddpm.evaluation.frechet import frechet_distance, moments
-from jax_ddpm.interop.inception import inception_parameters
+from jax_ddpm.interop.inception_weights import inception_parameters
 from jax_ddpm.models.inception import InceptionV3
 from jax_ddpm.runtime.devices import compile_over, make_mesh, place, split, whole
 

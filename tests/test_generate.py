@@ -8,7 +8,7 @@ import tiny
 
 from jax_ddpm import generate
 from jax_ddpm.diffusion.process import per_example_normal
-from jax_ddpm.diffusion.samplers.loop import Snapshots
+from jax_ddpm.diffusion.samplers.scan import Snapshots
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.generate import Generator

@@ -27,7 +27,7 @@ from jax_ddpm.diffusion.optimal_variance import X0Error, optimal_variance
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.samplers.grid import GRIDS, Grid, to_clean
-from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.diffusion.samplers.scan import Sampler
 from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
 from jax_ddpm.diffusion.thresholding import ClippedDenoiser, ThresholdedDenoiser
 from jax_ddpm.diffusion.time_densities import (

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from jax_ddpm.diffusion.process import per_example_normal
-from jax_ddpm.diffusion.samplers.loop import Snapshots, sample
+from jax_ddpm.diffusion.samplers.scan import Snapshots, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.keys import Stream, example_keys, stream_key

@@ -13,7 +13,7 @@ import tiny
 
 from jax_ddpm.config.validation import validate, validate_sampling
 from jax_ddpm.diffusion.processes import over_the_range_of
-from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.tasks.table import make_model
 

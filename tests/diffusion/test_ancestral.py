@@ -19,7 +19,7 @@ from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.ancestral import AncestralNode, ancestral
 from jax_ddpm.diffusion.samplers.grid import to_clean
-from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.diffusion.schedules import make_betas
 
 MEAN, VAR = 0.3, 0.25

@@ -29,7 +29,7 @@ from jax_ddpm.diffusion.parameterisation import Parameterisation, Prediction
 from jax_ddpm.diffusion.process import Process, expand, q_sample
 from jax_ddpm.diffusion.samplers.grid import log_snr_uniform, to_clean
 from jax_ddpm.diffusion.samplers.heun import heun
-from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.diffusion.schedules import make_betas
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -30,8 +30,8 @@ from jax_ddpm.diffusion.samplers.ddim import ddim
 from jax_ddpm.diffusion.samplers.dpmpp import dpmpp_2m
 from jax_ddpm.diffusion.samplers.grid import to_clean, uniform
 from jax_ddpm.diffusion.samplers.heun import heun
-from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.diffusion.samplers.predictor_corrector import predictor_corrector
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.diffusion.samplers.unipc import unipc
 from jax_ddpm.diffusion.schedules import make_betas
 

@@ -31,7 +31,7 @@ from jax_ddpm.diffusion.process import Process, expand, q_sample
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.ddim import ddim
 from jax_ddpm.diffusion.samplers.grid import log_snr_uniform, to_clean
-from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.diffusion.schedules import make_betas
 from jax_ddpm.diffusion.thresholding import ClippedDenoiser
 

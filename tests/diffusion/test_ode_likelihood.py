@@ -20,7 +20,7 @@ from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, expand
 from jax_ddpm.diffusion.samplers.grid import along
 from jax_ddpm.diffusion.samplers.heun import heun
-from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.diffusion.schedules import make_betas
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -14,8 +14,8 @@ from jax_ddpm.diffusion.continuous import edm, rectified_flow
 from jax_ddpm.diffusion.process import fold_in, per_example_normal
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.grid import karras, to_clean, uniform
-from jax_ddpm.diffusion.samplers.loop import sample
 from jax_ddpm.diffusion.samplers.predictor_corrector import predictor_corrector
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.diffusion.schedules import make_betas
 
 pytestmark = pytest.mark.usefixtures("x64")

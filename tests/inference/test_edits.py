@@ -15,7 +15,7 @@ from jax_ddpm import factory, images, main
 from jax_ddpm.cli import arguments as options
 from jax_ddpm.diffusion.editing import inpainting, last_steps, perturbed, projected, resampled
 from jax_ddpm.diffusion.process import per_example_normal
-from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.inference import edits
 from jax_ddpm.inference.edits import EDITS, Request, write_edits

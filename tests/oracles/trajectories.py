@@ -11,7 +11,7 @@ import pytest
 from jax_ddpm.diffusion.denoiser import NetworkDenoiser
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import expand, fold_in, per_example_normal
-from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.samplers.scan import sample
 
 torch = pytest.importorskip("torch")
 

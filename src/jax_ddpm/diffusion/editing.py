@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float64
 
 from jax_ddpm.diffusion.process import fold_in, per_example_normal, q_sample
 from jax_ddpm.diffusion.samplers.grid import Grid, Levels, levels
-from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.diffusion.samplers.scan import Sampler
 
 # Draws of a step besides the sampler's own, which takes the step's keys as they are.
 _KNOWN_DRAW, _CLIMB_DRAW = 1, 2

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float64
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.process import Process, expand
 from jax_ddpm.diffusion.samplers.grid import Grid, along
-from jax_ddpm.diffusion.samplers.loop import Sampler, sample
+from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 
 # A method without noise that also runs upwards: DDIM with η = 0, Heun's.
 Solver = Callable[[Grid], Sampler]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.process import Process, expand, per_example_normal, q_sample
-from jax_ddpm.diffusion.samplers.loop import Sampler, sample
+from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 
 
 def interpolate(

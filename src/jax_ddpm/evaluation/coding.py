@@ -17,7 +17,7 @@ from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, noise_between, per_example_normal, q_sample
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.grid import to_clean
-from jax_ddpm.diffusion.samplers.loop import sample
+from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
 

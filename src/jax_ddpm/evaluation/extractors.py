@@ -42,7 +42,7 @@ def make_extractor(choice: str | None, image_shape: tuple[int, int, int]) -> Ext
 
 def inception(path: pathlib.Path) -> Extractor:
     """The InceptionV3 that defines FID, with the weights of pytorch-fid's file."""
-    from jax_ddpm.interop.inception import inception_parameters
+    from jax_ddpm.interop.inception_weights import inception_parameters
     from jax_ddpm.models.inception import InceptionV3
 
     state_dict = load_state_dict(path)
@@ -56,7 +56,10 @@ def inception(path: pathlib.Path) -> Extractor:
 
 def efficientnet_lite0() -> Extractor:
     """EfficientNet-Lite0 with its ImageNet weights, from the optional package."""
-    from jax_ddpm.interop.efficientnet import efficientnet_lite0_file, efficientnet_lite0_parameters
+    from jax_ddpm.interop.efficientnet_weights import (
+        efficientnet_lite0_file,
+        efficientnet_lite0_parameters,
+    )
     from jax_ddpm.models.efficientnet import EfficientNetLite0
 
     path = efficientnet_lite0_file()

@@ -28,7 +28,7 @@ from jax_ddpm.diffusion.editing import (
 from jax_ddpm.diffusion.interpolation import interpolate
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.ddim import ddim
-from jax_ddpm.diffusion.samplers.loop import Sampler, sample
+from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.inference.trained import Trained

@@ -119,7 +119,7 @@ class Machine(NamedTuple):
     bandwidth_share: float = 0.8
 
 
-class Prediction(NamedTuple):
+class StepTime(NamedTuple):
     """Seconds of a step, and the parts that add up to it."""
 
     seconds: float
@@ -179,7 +179,7 @@ def step_cost(recipe: Recipe, state: TrainState, work: Work, mesh: Mesh | Abstra
     )
 
 
-def predict(cost: StepCost, machine: Machine) -> Prediction:
+def predict(cost: StepCost, machine: Machine) -> StepTime:
     """The seconds of a step, with no communication hidden behind arithmetic."""
     bandwidth = machine.memory_bandwidth * machine.bandwidth_share
     arithmetic = cost.work.flops / (machine.flops * machine.flops_share)
@@ -192,7 +192,7 @@ def predict(cost: StepCost, machine: Machine) -> Prediction:
             for collective, volume in cost.volumes.items()
         ),
     }
-    return Prediction(sum(parts.values()), parts)
+    return StepTime(sum(parts.values()), parts)
 
 
 def collective_seconds(collective: Collective, volume: int, machine: Machine) -> float:

@@ -1,1 +1,1 @@
-"""Samplers: each a table of nodes and a pure step, run by the one scan in ``loop``."""
+"""Samplers: each a table of nodes and a pure step, run by the one scan in ``scan``."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float64
 from jax_ddpm.diffusion.likelihood import ModelVariance
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid
-from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.diffusion.samplers.scan import Sampler
 from jax_ddpm.options import OneOf, Option
 
 

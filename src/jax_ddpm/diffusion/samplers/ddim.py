@@ -7,7 +7,7 @@ from jaxtyping import Array, Float64
 
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid
-from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.diffusion.samplers.scan import Sampler
 from jax_ddpm.options import Option, between, checked
 
 Eta = Annotated[float, Option("Fresh noise: 0 none, 1 as much as the reverse SDE.", between(0, 1))]

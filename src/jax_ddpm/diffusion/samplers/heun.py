@@ -11,7 +11,7 @@ from jaxtyping import Array, Float64
 
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid, Levels, levels
-from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.diffusion.samplers.scan import Sampler
 from jax_ddpm.options import Option, checked, noise_levels, not_negative_and_finite
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float64
 
 from jax_ddpm.diffusion.process import expand, per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid
-from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.diffusion.samplers.scan import Sampler
 from jax_ddpm.options import Option, checked, not_negative, positive_and_finite
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float64
 
 from jax_ddpm.diffusion.samplers.grid import Grid
-from jax_ddpm.diffusion.samplers.loop import Sampler
+from jax_ddpm.diffusion.samplers.scan import Sampler
 from jax_ddpm.options import Option, Where, checked
 
 

@@ -9,7 +9,7 @@ import pytest
 from sklearn.datasets import load_sample_image
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.interop.efficientnet import (
+from jax_ddpm.interop.efficientnet_weights import (
     efficientnet_lite0_file,
     efficientnet_lite0_parameters,
 )

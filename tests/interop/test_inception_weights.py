@@ -10,7 +10,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.interop.inception import inception_parameters
+from jax_ddpm.interop.inception_weights import inception_parameters
 from jax_ddpm.interop.weights import fold_batch_norm
 from jax_ddpm.models.inception import InceptionV3, average_pool, max_pool, resize_bilinear
 

@@ -218,7 +218,7 @@ class TestEdm:
         t = times_of(process)
         x0, eps = jnp.asarray(rng.standard_normal((2, len(t), 3)))
         f, v = (
-            Parameterisation(process, target).regression_target(x0, eps, t)
+            Parameterisation(process, target, data_std=1.0).regression_target(x0, eps, t)
             for target in ("edm", "v")
         )
         np.testing.assert_allclose(f, -v, rtol=1e-12, atol=1e-14)

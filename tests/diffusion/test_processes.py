@@ -24,7 +24,7 @@ class TestChains:
         np.testing.assert_array_equal(process.betas, make_betas(name, 200))
 
     def test_have_the_endpoints_of_their_beta(self):
-        betas = make_process("linear", 2000, beta_start=1e-3, beta_end=0.03).betas
+        betas = make_process("linear", num_timesteps=2000, beta_start=1e-3, beta_end=0.03).betas
         np.testing.assert_allclose(betas[[0, -1]], [1e-3 / 2, 0.03 / 2])
 
     @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -61,7 +61,7 @@ class TestContinuousTime:
         t = np.array([0.1, 0.5, 1.0])
 
         def error(num_timesteps):
-            chain = make_process("linear", num_timesteps, **numbers)
+            chain = make_process("linear", num_timesteps=num_timesteps, **numbers)
             return chain.log_snr(t * num_timesteps - 1) - process.log_snr(t)
 
         np.testing.assert_allclose(error(2000), 0, atol=0.1)

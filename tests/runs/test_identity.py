@@ -53,6 +53,8 @@ def another(field):
         return default()[section].get_type(name)(3)
     if field == "training.decay":
         return "cosine"
+    if field == "modules":
+        return ("json",)  # which is there to be imported
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):

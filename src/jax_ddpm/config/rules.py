@@ -5,9 +5,10 @@ import math
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_ddpm import options
+from jax_ddpm import factory, options
 from jax_ddpm.data.table import SOURCES
 from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion.parameterisation import WITHOUT_SIGNAL
 from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.processes import CONTINUOUS, PROCESSES
 from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
@@ -75,8 +76,11 @@ def check_images(config: ConfigDict) -> None:
 
 
 def check_process(config: ConfigDict) -> None:
-    """What only a chain has: zero terminal SNR, a bound, its weights."""
-    name = config.process.name
+    """What only a chain has: zero terminal SNR, a bound, its weights; targets at pure noise."""
+    name, process = config.process.name, factory.make_process(config)
+    if process.alpha(np.array(process.time_range))[1] == 0:
+        must_be = f"{', '.join(WITHOUT_SIGNAL)} under {name}, which ends without signal"
+        require(config, "parameterisation.target", WITHOUT_SIGNAL.__contains__, f"one of {must_be}")
     require(
         config,
         "process.zero_terminal_snr",

@@ -109,7 +109,8 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "posterior_mean": _posterior_mean,
 }
 
-OF_PURE_NOISE = ("x0", "v", "velocity", "edm")  # targets that say something of x_0 at α = 0
+# Targets that say something of x_0 where α = 0.
+WITHOUT_SIGNAL = ("x0", "v", "velocity", "edm")
 
 VarianceOutput = Literal["none", "learned", "learned_range"]
 Goal = Annotated[str, Option("What the network predicts.", OneOf(TARGETS))]
@@ -151,11 +152,6 @@ class Parameterisation:
     def __post_init__(self):
         """Raises Unfit where the process has no such target or variance."""
         of_chain = isinstance(self.process, Chain)
-        signal = self.process.alpha(np.array(self.process.time_range))[1] > 0
-        if not signal and self.target not in OF_PURE_NOISE:
-            known = ", ".join(OF_PURE_NOISE)
-            must_be = f"one of {known} under a process that ends without signal"
-            raise Unfit("target", self.target, must_be)
         if self.target == "posterior_mean" and not of_chain:
             raise Unfit("target", self.target, "another one: without a chain there is none")
         if self.variance != "none" and not of_chain:

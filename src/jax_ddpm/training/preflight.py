@@ -86,6 +86,7 @@ class Preflight:
         start = time.perf_counter()
         self.source = factory.make_source(self.config)
         spec = self.source.spec
+        self.model = make_model(self.config, spec)
         require_same_run(self.workdir, self.config, spec)
         with Feed(self.config, self.source, self.mesh, start=0) as feed:
             self.resident, self.batches = feed.data, feed.take(1)
@@ -98,12 +99,11 @@ class Preflight:
 
     def parameters(self) -> str:
         """The state before the first step."""
-        model = make_model(self.config, self.source.spec)
-        objective = make_objective(self.config, model)
+        objective = make_objective(self.config, self.model)
         self.recipe = make_recipe(self.config, objective)
         self.seed = jax.random.key(self.config.seed)
         params = {
-            "network": initial_parameters(self.config, model.network, self.seed, self.workdir)
+            "network": initial_parameters(self.config, self.model.network, self.seed, self.workdir)
         }
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.state = spread(init_state(self.recipe, params, objective.init()), self.mesh)

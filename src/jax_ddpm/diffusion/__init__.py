@@ -1,1 +1,1 @@
-"""The mathematics: pure functions over frozen dataclasses, importing jax and numpy only."""
+"""The mathematics: pure functions over frozen dataclasses, in JAX and NumPy alone."""

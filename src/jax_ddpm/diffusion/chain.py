@@ -1,7 +1,7 @@
 """The T-step chain of Ho et al. 2020: float64 tables and the closed forms of q.
 
-Times are ``t = 0, …, T-1``, as in the paper's code: ``t`` here is the paper's ``t+1``, so index 0
-is the first noisy state and clean data lies before it.
+Times are ``t = 0, …, T-1``, as in the paper's code: ``t`` here is the paper's ``t+1``. Index 0 is
+the first noisy state, and clean data lies before it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax_ddpm.diffusion.process import (
     sqrt_sigmoid,
 )
 
-# Above this many bits/dim the prior N(0, I) visibly differs from q(x_T | x_0).
+# The prior N(0, I) visibly differs from q(x_T | x_0) above this many bits/dim.
 _MAX_PRIOR_BITS = 1e-3
 _ZERO_SNR = -750.0
 
@@ -29,10 +29,10 @@ _ZERO_SNR = -750.0
 class Chain:
     """The variance-preserving chain of the given β (a ``Process``).
 
-    Attributes (float64 NumPy, ``[T]``): ``alpha_bar`` is ᾱ_t = Π(1-β), ``log_alpha_bar`` its
-    logarithm; ``one_minus_alpha_bar`` and its logarithm are free of cancellation; ``log_snr_table``
-    λ_t, ``posterior`` the coefficients of q(x_{t-1} | x_t, x_0) with exactly clean data before
-    t = 0 (ᾱ_{-1} = 1).
+    Attributes (float64 NumPy, ``[T]``): ``alpha_bar`` is ᾱ_t = Π(1-β) and ``log_alpha_bar`` its
+    logarithm. ``one_minus_alpha_bar`` and its logarithm are free of cancellation. ``log_snr_table``
+    is λ_t. ``posterior`` holds the coefficients of q(x_{t-1} | x_t, x_0), with exactly clean data
+    before t = 0 (ᾱ_{-1} = 1).
 
     Raises:
       ValueError: where β is not one axis of two values or more in (0, 1), the last in (0, 1].
@@ -44,7 +44,7 @@ class Chain:
     def __post_init__(self) -> None:
         betas = np.asarray(self.betas, np.float64)
         valid = betas.ndim == 1 and betas.size > 1 and np.all((betas > 0) & (betas <= 1))
-        if not valid or np.any(betas[:-1] == 1):  # after β = 1 nothing is left to go back to
+        if not valid or np.any(betas[:-1] == 1):  # a step back from β = 1 has nothing to start from
             raise ValueError(
                 "betas must be one axis of two or more values in (0, 1), of which the last may be 1"
             )
@@ -85,7 +85,7 @@ class Chain:
 
     @cached_property
     def log_one_minus_alpha_bar(self) -> np.ndarray:
-        # Accurate at both ends: for small ᾱ through log1p, for small 1-ᾱ through expm1.
+        # log1p is accurate for small ᾱ, expm1 for small 1-ᾱ.
         return np.where(
             self.alpha_bar < 0.5,
             np.log1p(-np.minimum(self.alpha_bar, 0.5)),
@@ -94,7 +94,7 @@ class Chain:
 
     @cached_property
     def log_snr_table(self) -> np.ndarray:
-        # Where ᾱ = 0, a finite λ whose exponential vanishes, so that interpolation stays finite.
+        # A finite λ whose exponential vanishes replaces -∞ at ᾱ = 0: interpolation stays finite.
         return np.maximum(self.log_alpha_bar - self.log_one_minus_alpha_bar, _ZERO_SNR)
 
     @cached_property
@@ -106,7 +106,7 @@ class Chain:
 
     @cached_property
     def posterior_log_variance(self) -> np.ndarray:
-        """log β̃_t, with entry 1 standing in for the -∞ of t = 0 (Ho et al.'s code)."""
+        """log β̃_t; entry 1 replaces the -∞ of t = 0, as in Ho et al.'s code."""
         return np.log(np.append(self.posterior.variance[1], self.posterior.variance[1:]))
 
     # The Process contract: exact tables at whole t, linear interpolation of λ between them.
@@ -143,7 +143,7 @@ class Chain:
 def _interp(x: Times, xs: np.ndarray, ys: np.ndarray) -> Times:
     xp = x.__array_namespace__()
     between = xp.interp(x, xp.asarray(xs, dtype=x.dtype), xp.asarray(ys, dtype=x.dtype))
-    return between.astype(x.dtype)  # NumPy's is float64 whatever it is given
+    return between.astype(x.dtype)  # NumPy returns float64 for any dtype
 
 
 def q_step(
@@ -162,7 +162,7 @@ def q_posterior(
 ) -> tuple[Float[Array, "batch *shape"], Float[Array, "batch *ones"]]:
     """Mean μ̃ and log-variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eqs. 6-7).
 
-    The log-variance at t = 0, where the true one is -∞, is that of t = 1.
+    The true log-variance at t = 0 is -∞; the one of t = 1 replaces it.
     """
     coef_x0 = expand(chain.gather(chain.posterior.coef_x0, t), x0)
     coef_xt = expand(chain.gather(chain.posterior.coef_xt, t), x0)

@@ -1,8 +1,8 @@
 """Continuous-time processes: a schedule t ↔ λ times a scaling λ → (α, σ).
 
-The log signal-to-noise ratio λ decides what is lost at t, the scaling only in which units x_t is
-written (Kingma et al. 2021, section 5.1; Karras et al. 2022, appendix B). So a model of one process
-can be sampled under another through λ, see ``denoiser.InProcess``.
+The log signal-to-noise ratio λ decides what is lost at t; the scaling only decides the units in
+which x_t is written (Kingma et al. 2021, section 5.1; Karras et al. 2022, appendix B). A model of
+one process can therefore be sampled under another through λ, see ``denoiser.InProcess``.
 
     variance preserving   α² + σ² = 1   (Song et al. 2021)
     variance exploding    α = 1         (Song & Ermon 2019; Karras et al. 2022)
@@ -36,7 +36,7 @@ class Schedule(Protocol):
 class LinearBeta:
     """β(t) = beta_min + t·(beta_max - beta_min) on [0, 1] (Song et al. 2021, appendix C).
 
-    With B(t) = ∫β = t·beta_min + ½t²·(beta_max - beta_min) is ᾱ = exp(-B) and λ = -log(exp(B) - 1).
+    B(t) = ∫β = t·beta_min + ½t²·(beta_max - beta_min) gives ᾱ = exp(-B) and λ = -log(exp(B) - 1).
     """
 
     beta_min: float = 0.1
@@ -51,7 +51,7 @@ class LinearBeta:
         xp = log_snr.__array_namespace__()
         integral = xp.logaddexp(-log_snr, xp.zeros_like(log_snr))
         slope = self.beta_max - self.beta_min
-        # The root of the quadratic without the difference that cancels near t = 0.
+        # This form of the quadratic's root has no difference that cancels near t = 0.
         root = xp.sqrt(self.beta_min**2 + 2 * slope * integral)
         return 2 * integral / (self.beta_min + root)
 
@@ -62,7 +62,7 @@ class Cosine:
 
     def log_snr(self, t: Times) -> Times:
         xp = t.__array_namespace__()
-        # cos(πt/2) as sin(π(1-t)/2), which keeps its digits near t = 1.
+        # cos(πt/2) is written as sin(π(1-t)/2), which keeps its digits near t = 1.
         return 2 * xp.log(xp.sin((1 - t) * (math.pi / 2)) / xp.sin(t * (math.pi / 2)))
 
     def time(self, log_snr: Times) -> Times:
@@ -81,9 +81,9 @@ class Sigmoid:
     end: float = 3.0
     tau: float = 1.0
 
-    # Differences of logistics s(x) - s(y) are proportional to sinh((x-y)/2)/(cosh(x/2)·cosh(y/2)),
-    # which keeps its digits at both ends: with h = (end-start)/(2τ),
-    # ᾱ/(1-ᾱ) = ρ·cosh(start/2τ)/cosh(end/2τ) with ρ = sinh((1-t)·h)/sinh(t·h).
+    # A difference of logistics s(x) - s(y) is proportional to sinh((x-y)/2)/(cosh(x/2)·cosh(y/2)),
+    # which keeps its digits at both ends. This gives ᾱ/(1-ᾱ) = ρ·cosh(start/2τ)/cosh(end/2τ) with
+    # h = (end-start)/(2τ) and ρ = sinh((1-t)·h)/sinh(t·h).
 
     @property
     def _half(self) -> float:
@@ -101,14 +101,14 @@ class Sigmoid:
     def time(self, log_snr: Times) -> Times:
         xp = log_snr.__array_namespace__()
         ratio = xp.exp(log_snr - self._log_scale)
-        # exp(2th) = (ρ + exp h)/(ρ + exp(-h)), less 1.
+        # exp(2th) - 1, from exp(2th) = (ρ + exp h)/(ρ + exp(-h)).
         rise = 2 * math.sinh(self._half) / (ratio + math.exp(-self._half))
         return xp.log1p(rise) / (2 * self._half)
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearLogSnr:
-    """λ falling linearly over [0, 1] (Kingma et al. 2021): σ/α is a geometric row."""
+    """λ falling linearly over [0, 1] (Kingma et al. 2021): σ/α is a geometric sequence."""
 
     log_snr_min: float
     log_snr_max: float
@@ -122,7 +122,7 @@ class LinearLogSnr:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseLevel:
-    """The noise level σ/α is the time: λ = -2·log t (Karras et al. 2022)."""
+    """The noise level σ/α as the time: λ = -2·log t (Karras et al. 2022)."""
 
     def log_snr(self, t: Times) -> Times:
         return -2 * t.__array_namespace__().log(t)
@@ -137,7 +137,7 @@ class Straight:
 
     def log_snr(self, t: Times) -> Times:
         xp = t.__array_namespace__()
-        with np.errstate(divide="ignore"):  # λ = -∞ at t = 1, where nothing is left of x_0
+        with np.errstate(divide="ignore"):  # λ = -∞ at t = 1, where no x_0 is left
             return 2 * (xp.log1p(-t) - xp.log(t))
 
     def time(self, log_snr: Times) -> Times:
@@ -149,9 +149,9 @@ class Straight:
 class Shifted:
     """σ/α multiplied by ``factor``: λ - 2·log(factor).
 
-    With factor = resolution/64 a schedule made for 64² destroys larger images as much (Hoogeboom et
-    al. 2023); on ``Straight`` it is t → factor·t/(1 + (factor-1)·t) (Esser et al. 2024). Diffusing
-    b·x_0 in place of x_0 (Chen 2023) is a factor of 1/b.
+    A factor of resolution/64 makes a schedule for 64² destroy larger images as much (Hoogeboom et
+    al. 2023). It maps t → factor·t/(1 + (factor-1)·t) on ``Straight`` (Esser et al. 2024).
+    Diffusing b·x_0 in place of x_0 (Chen 2023) is a factor of 1/b.
     """
 
     schedule: Schedule
@@ -218,7 +218,7 @@ class ContinuousProcess:
         return self.schedule.time(log_snr)
 
 
-# The largest |λ| that a schedule reaching infinity is followed to (Hoogeboom et al. 2023).
+# A schedule that reaches infinity is followed to this |λ| (Hoogeboom et al. 2023).
 _LOG_SNR_END = 15.0
 
 
@@ -246,18 +246,18 @@ def vp_sigmoid(start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Conti
 
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> ContinuousProcess:
-    """σ = sigma_min·(sigma_max/sigma_min)^t (Song et al. 2021); 50 is their CIFAR-10."""
+    """σ = sigma_min·(sigma_max/sigma_min)^t (Song et al. 2021); 50 is their value for CIFAR-10."""
     schedule = LinearLogSnr(-2 * math.log(sigma_max), -2 * math.log(sigma_min))
     return ContinuousProcess(schedule, "variance_exploding", (0.0, 1.0))
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> ContinuousProcess:
-    """σ is the time (Karras et al. 2022)."""
+    """The process whose time is σ (Karras et al. 2022)."""
     return ContinuousProcess(NoiseLevel(), "variance_exploding", (sigma_min, sigma_max))
 
 
 def rectified_flow() -> ContinuousProcess:
-    """x_t = (1-t)·x_0 + t·ε (Liu et al. 2023; Lipman et al. 2023), t to 1 and no signal."""
+    """x_t = (1-t)·x_0 + t·ε (Liu et al. 2023; Lipman et al. 2023), up to t = 1, without signal."""
     return ContinuousProcess(Straight(), "flow", (1e-5, 1.0))
 
 

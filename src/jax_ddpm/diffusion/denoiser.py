@@ -1,8 +1,8 @@
 """Denoisers: ``(x_t, t, conditioning) → Prediction``, as pytrees.
 
 Samplers, likelihoods and editing see nothing else of a model. A denoiser carries its parameters as
-leaves, so it passes through ``jit`` and new parameters never recompile. ``t`` is float32, a
-scalar in samplers and ``[batch]`` in training.
+leaves, so it passes through ``jit`` and new parameters never recompile. ``t`` is float32, a scalar
+in samplers and ``[batch]`` in training.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax_ddpm.diffusion.process import Process, expand
 
 # A flat dict of [batch, …] arrays that the network is conditioned on; empty when unconditional.
 Conditioning = dict[str, Array]
-X0_ESTIMATE = "x0_estimate"  # what a self-conditioned network predicted before, shaped like x_t
+X0_ESTIMATE = "x0_estimate"  # a self-conditioned network's last prediction, shaped like x_t
 
 
 @runtime_checkable
@@ -52,9 +52,10 @@ class NetworkDenoiser:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> Prediction:
-        meaning, times = self.parameterisation, jnp.broadcast_to(t, xt.shape[:1])
-        x, time = meaning.network_input(xt, times), meaning.network_time(times)
-        return meaning.to_prediction(self.apply(self.params, x, time, conditioning), xt, t)
+        parameterisation, times = self.parameterisation, jnp.broadcast_to(t, xt.shape[:1])
+        x, time = parameterisation.network_input(xt, times), parameterisation.network_time(times)
+        output = self.apply(self.params, x, time, conditioning)
+        return parameterisation.to_prediction(output, xt, t)
 
 
 @jax.tree_util.register_dataclass
@@ -62,9 +63,9 @@ class NetworkDenoiser:
 class InProcess:
     """A denoiser of the process ``trained`` as one of another process.
 
-    At equal λ both see the same mixture of x_0 and ε in other units: x_t of ``process`` times
-    α_trained/α is an x_t of ``trained``, and the predicted (x_0, ε) is the same (Kingma et al.
-    2021, section 5.1; Karras et al. 2022, appendix C). λ must lie in the range of ``trained``.
+    Both processes see the same mixture of x_0 and ε at equal λ, in other units: x_t of ``process``
+    times α_trained/α is an x_t of ``trained``, and the predicted (x_0, ε) is the same (Kingma et
+    al. 2021, section 5.1; Karras et al. 2022, appendix C). λ must lie in the range of ``trained``.
     """
 
     denoiser: Any
@@ -78,6 +79,6 @@ class InProcess:
         conditioning: Conditioning,
     ) -> Prediction:
         trained_t = self.trained.time(self.process.log_snr(t))
-        # α_trained/α = σ_trained/σ, in a form that has a value where α = 0 as well.
+        # α_trained/α equals σ_trained/σ; this form also has a value where α = 0.
         units = marginal_std(self.trained, trained_t, 1.0) / marginal_std(self.process, t, 1.0)
         return self.denoiser(expand(units, xt) * xt, trained_t, conditioning)

@@ -1,4 +1,4 @@
-"""Editing images with a sampler: a part of them known, steps repeated, a start from an image."""
+"""Editing images with a sampler: keeping a known part, repeating steps, starting from an image."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,15 +12,15 @@ from jax_ddpm.diffusion.process import fold_in, per_example_normal, q_sample
 from jax_ddpm.diffusion.samplers.grid import Grid, Levels, levels
 from jax_ddpm.diffusion.samplers.scan import Sampler
 
-# Draws of a step besides the sampler's own, which takes the step's keys as they are.
+# Draws of a step beside the sampler's own, which uses the step's keys unchanged.
 _KNOWN_DRAW, _CLIMB_DRAW = 1, 2
 
-# x → P·x for a batch of images, P an orthogonal projection: P² = P = Pᵀ.
+# x → P·x for a batch of images; P is an orthogonal projection: P² = P = Pᵀ.
 Projection = Callable[[Array], Array]
 
 
 def inpainting(kept: Bool[Array | np.ndarray, "h w"]) -> Projection:
-    """The pixels that are kept; elsewhere 0."""
+    """The kept pixels, and 0 elsewhere."""
 
     def project(x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
         return jnp.where(kept[None, :, :, None], x, 0)
@@ -29,12 +29,12 @@ def inpainting(kept: Bool[Array | np.ndarray, "h w"]) -> Projection:
 
 
 def colourisation(x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-    """The gray image: each pixel's mean over its channels, in all of them."""
+    """The gray image: each pixel's mean over its channels, in all channels."""
     return jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
 
 
 def super_resolution(factor: int) -> Projection:
-    """The image at a lower resolution: the mean of each factor × factor block, all over it."""
+    """The image at a lower resolution: each factor × factor block filled with its mean."""
 
     def project(x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
         batch, height, width, channels = x.shape
@@ -46,7 +46,7 @@ def super_resolution(factor: int) -> Projection:
 
 
 class ProjectedNode(NamedTuple):
-    """A row of the sampler inside, with the levels α and σ at which it leaves x."""
+    """A row of the inner sampler, with the levels α and σ at which it leaves x."""
 
     time: Float64[np.ndarray, " rows"]
     inside: Any
@@ -57,17 +57,17 @@ class ProjectedNode(NamedTuple):
 def projected(
     sampler: Sampler, grid: Grid, project: Projection, known: Float[Array, "batch h w c"]
 ) -> Sampler:
-    """Samples images whose part P·x_0 is that of ``known``: after every evaluation
+    """Samples images whose part P·x_0 is that of ``known``, by projecting after every evaluation:
 
         x_s ← x_s - P·x_s + P·y_s,   y_s = α_s·known + σ_s·z ~ q(x_s | known)
 
     (Song et al. 2021, "Score-based generative modeling", appendix I; Choi et al. 2021, ILVR;
-    Lugmayr et al. 2022, RePaint, eq. 8). At the clean end the known part is exact. The rest is not
-    quite of its conditional distribution, as each y_s is drawn without regard to it: see
+    Lugmayr et al. 2022, RePaint, eq. 8). The known part is exact at the clean end. The rest only
+    approximates its conditional distribution, because each y_s is drawn without regard to it: see
     ``resampled``.
 
     Raises:
-      ValueError: where the sampler, on this grid, evaluates between its times, as churn does.
+      ValueError: where the sampler evaluates between the times of this grid, as churn does.
     """
     _require_times_of(grid, sampler)
     now = levels(grid.process, sampler.nodes.time)
@@ -84,7 +84,7 @@ def projected(
 
 
 class ResampledNode(NamedTuple):
-    """A row of the sampler inside, then x_t = factor·x_s + std·z; 1 and 0 where nothing climbs."""
+    """A row of the inner sampler, then x_t = factor·x_s + std·z; 1 and 0 where nothing climbs."""
 
     time: Float64[np.ndarray, " rows"]
     inside: Any
@@ -93,16 +93,16 @@ class ResampledNode(NamedTuple):
 
 
 def resampled(sampler: Sampler, grid: Grid, jump_length: int, resamplings: int) -> Sampler:
-    """Takes every stretch of ``jump_length`` steps ``resamplings`` times (Lugmayr et al. 2022).
+    """Runs every stretch of ``jump_length`` steps ``resamplings`` times (Lugmayr et al. 2022).
 
-    From its end x_s noise is put back by q(x_t | x_s) = N(α_t/α_s·x_s, σ_t² - (α_t/α_s)²·σ_s²) to
-    where it began. So what is new comes to agree with the known part of a ``projected`` sampler.
-    As in the paper's algorithm 1 and its jump schedule, the step to clean data is taken once;
-    stretches are counted from there, and what is left over at the noisy end is taken once, too.
+    Noise by q(x_t | x_s) = N(α_t/α_s·x_s, σ_t² - (α_t/α_s)²·σ_s²) takes the stretch's end x_s back
+    to its start, so that new content comes to agree with the known part of a ``projected`` sampler.
+    The step to clean data is taken once, as in the paper's algorithm 1 and its jump schedule.
+    Stretches are counted from there, and a remainder at the noisy end is taken once, too.
 
     Raises:
       ValueError: where jump_length is not from 1 to one less than the steps of the grid,
-        resamplings is below 1, or the sampler has a history, which a jump back would make wrong.
+        resamplings is below 1, or the sampler has a history, which a jump back would invalidate.
     """
     _require_times_of(grid, sampler)
     if jax.tree.leaves(sampler.init(jnp.zeros(1))):
@@ -112,12 +112,12 @@ def resampled(sampler: Sampler, grid: Grid, jump_length: int, resamplings: int) 
     if resamplings < 1:
         raise ValueError(f"resamplings is {resamplings}; it must be 1 or more")
     time, last = sampler.nodes.time, grid.num_steps - 1
-    first_rows = np.flatnonzero(np.diff(time, prepend=np.inf))  # of each step
+    first_rows = np.flatnonzero(np.diff(time, prepend=np.inf))  # the first row of each step
     stretches = np.split(np.arange(len(time)), first_rows[last % jump_length :: jump_length])
     order = np.concatenate(
         [stretches[0], *(np.tile(rows, resamplings) for rows in stretches[1:-1]), stretches[-1]]
     )
-    # The way from where a row leaves x to where the next one takes it, mostly of length 0.
+    # The climb from where a row leaves x to where the next one takes it, mostly of length 0.
     left, taken = levels(grid.process, time[order[:-1] + 1]), levels(grid.process, time[order[1:]])
     climb = Grid(grid.process, now=taken, after=left)
 
@@ -141,10 +141,10 @@ def _require_times_of(grid: Grid, sampler: Sampler) -> None:
 
 
 def last_steps(grid: Grid, num_steps: int) -> Grid:
-    """The grid's last steps, by which SDEdit samples (Meng et al. 2022).
+    """The grid's last steps, on which SDEdit samples (Meng et al. 2022).
 
     Raises:
-      ValueError: where there are not so many.
+      ValueError: where the grid has fewer.
     """
     if not 1 <= num_steps <= grid.num_steps:
         raise ValueError(f"{num_steps} last steps of {grid.num_steps}: take 1 to {grid.num_steps}")
@@ -155,9 +155,9 @@ def last_steps(grid: Grid, num_steps: int) -> Grid:
 def perturbed(
     grid: Grid, images: Float[Array, "batch *shape"], keys: Any
 ) -> Float[Array, "batch *shape"]:
-    """Images with the noise of the grid's start, x_t ~ q(x_t | x_0): where SDEdit begins.
+    """Images with the noise of the grid's start, x_t ~ q(x_t | x_0): the start of SDEdit.
 
-    The fewer steps follow, the more is left of the images; what is lost is drawn anew.
+    Fewer steps keep more of the images; what is lost is drawn again.
     """
     t = jnp.asarray(grid.now.time[0], images.dtype)
     return q_sample(grid.process, images, t, per_example_normal(keys, images))

@@ -12,7 +12,7 @@ from jax_ddpm.diffusion.process import Process, expand
 from jax_ddpm.diffusion.samplers.grid import Grid, along
 from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 
-# A method without noise that also runs upwards: DDIM with η = 0, Heun's.
+# A method without noise that also runs upwards: DDIM with η = 0, or Heun's.
 Solver = Callable[[Grid], Sampler]
 
 
@@ -24,9 +24,9 @@ def encode(
     images: Float[Array, "batch *shape"],
     conditioning: Conditioning,
 ) -> Float[Array, "batch *shape"]:
-    """The x_t at the last of the rising times that the ODE leads to from α·x_0 at the first.
+    """The x_t at the last of the rising times, reached by the ODE from α·x_0 at the first.
 
-    What is missing there is σ at the first time, the least noise that is sampled.
+    α·x_0 lacks only the σ of the first time, the least noise that is sampled.
     """
     x = process.alpha(_scalar(times[0], images)) * images
     return _solve(solver, along(process, times), denoiser, x, conditioning)
@@ -57,10 +57,10 @@ def _solve(solver: Solver, grid: Grid, denoiser: Denoiser, x: Array, given: Cond
 def spherical(
     pair: Float[Array, "2 *shape"], weights: Float[Array, " n"]
 ) -> Float[Array, "n *shape"]:
-    """From one noise (w = 0) to another (w = 1) along the sphere, which keeps its length.
+    """Steps from one noise (w = 0) to another (w = 1) along the sphere, which keeps the length.
 
-    sin((1-w)·θ)/sin θ·x + sin(w·θ)/sin θ·x' with the angle θ between the two (Shoemake 1985; Song
-    et al. 2021, DDIM, appendix D.5). The two must not be parallel.
+    The step is sin((1-w)·θ)/sin θ·x + sin(w·θ)/sin θ·x' with the angle θ between the two (Shoemake
+    1985; Song et al. 2021, DDIM, appendix D.5). The two must not be parallel.
     """
     first, second = pair
     cosine = jnp.vdot(first, second) / (jnp.linalg.norm(first) * jnp.linalg.norm(second))

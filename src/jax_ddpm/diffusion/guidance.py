@@ -1,16 +1,15 @@
 """Guidance: denoisers made of denoisers.
 
-Every ``scale`` says how far to go from a guide, at 0, to the guided model, at 1, and beyond it:
+Every ``scale`` extrapolates from a guide, at 0, through the guided model, at 1, and beyond it:
 
     ε̃ = ε_guide + scale·(ε - ε_guide).
 
-With the unconditional model for a guide, scale 0 is unconditional and scale 1 conditional (the w of
-Ho & Salimans 2022 is scale - 1); in classifier guidance the difference is known as
--σ·∇_x log p(c | x_t). At other scales than 0 and 1 the guided score is, at every t, that of
-p(x_t)·p(c | x_t)^scale, but no process noises one of these into the next: samples are not from
-p(x_0)·p(c | x_0)^scale.
+The unconditional model as a guide makes scale 0 unconditional and scale 1 conditional (the w of Ho
+& Salimans 2022 is scale - 1). The difference in classifier guidance is -σ·∇_x log p(c | x_t). The
+guided score at other scales is that of p(x_t)·p(c | x_t)^scale at every t, but no process noises
+one of these into the next: samples are not from p(x_0)·p(c | x_0)^scale.
 
-x_0 moves along with ε everywhere, so that both still agree with x_t; a learned variance is that of
+x_0 moves along with ε everywhere, so that both still agree with x_t. A learned variance is that of
 the guided model.
 """
 
@@ -50,7 +49,7 @@ class Guidance(Protocol):
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> tuple[Prediction, Prediction]:
-        """What this predicts, and what ``denoiser`` predicts without guidance."""
+        """The prediction, and the prediction of ``denoiser`` without guidance."""
         ...
 
 
@@ -66,13 +65,13 @@ def extrapolate(guide: Prediction, model: Prediction, scale: float) -> Predictio
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """The model told c, guided by itself without c (Ho & Salimans 2022).
+    """The model given c, guided by itself without c (Ho & Salimans 2022).
 
-    Scale 0 is exactly the unconditional model and 1 exactly the conditional one, in one pass of
-    the network; any other scale takes one pass of twice the batch. ``negative`` is what the guide
-    is told in place of c, ``[batch, …]`` or ``[1, …]``; what it does not name is dropped. The
-    conditioning holds no drop masks of its own: they say what half of the batch is not told. A
-    self-conditioned network's estimate of x_0 is told to both.
+    Scale 0 is exactly the unconditional model and scale 1 exactly the conditional one, in one pass
+    of the network; any other scale takes one pass of twice the batch. ``negative`` is the guide's
+    conditioning in place of c, ``[batch, …]`` or ``[1, …]``; names that it lacks are dropped. The
+    conditioning must hold no drop masks: they mark what each half of the batch goes without. Both
+    halves get a self-conditioned network's estimate of x_0.
     """
 
     denoiser: Any
@@ -96,15 +95,15 @@ class ClassifierFreeGuidance:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> tuple[Prediction, Prediction]:
-        """What this predicts, and the conditional prediction."""
+        """The prediction, and the conditional prediction."""
         if self.scale == 1:
             conditional = self.denoiser(xt, t, conditioning)
             return conditional, conditional
         size = len(xt)
         halves = conditioning, self._negative(size)
-        # What one half is not told, it borrows from the other, and a mask drops it.
-        told, guide_told = halves[1] | halves[0], halves[0] | halves[1]
-        both = {name: jnp.concatenate([told[name], guide_told[name]]) for name in told}
+        # Each half borrows from the other what it lacks, and a mask drops it.
+        filled, guide_filled = halves[1] | halves[0], halves[0] | halves[1]
+        both = {name: jnp.concatenate([filled[name], guide_filled[name]]) for name in filled}
         drop = {
             f"{name}_drop": jnp.repeat(jnp.array([name not in half for half in halves]), size)
             for name in both
@@ -128,8 +127,8 @@ class ClassifierFreeGuidance:
 class AutoGuidance:
     """A model guided by a worse version of itself: smaller, or trained less (Karras et al. 2024).
 
-    Scale 0 is exactly the guide and 1 exactly the model, in one pass of it; any other scale takes
-    one pass of each. Both are told the same.
+    Scale 0 is exactly the guide and scale 1 exactly the model, in one pass of it; any other scale
+    takes one pass of each. Both get the same conditioning.
     """
 
     denoiser: Any
@@ -152,7 +151,7 @@ class AutoGuidance:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> tuple[Prediction, Prediction]:
-        """What this predicts, and the better model's prediction."""
+        """The prediction, and the better model's prediction."""
         model = self.denoiser(xt, t, conditioning)
         if self.scale == 1:
             return model, model
@@ -164,8 +163,8 @@ class AutoGuidance:
 class LikelihoodGuidance:
     """ε̃ = ε - scale·σ·∇_x log p(c | x_t) (Dhariwal & Nichol 2021, algorithm 2).
 
-    By Bayes' rule scale 1 is the model of p(x_0 | c), if both parts are exact. Scale 0 is exactly
-    the model, and costs no more. Where α = 0 there is no x_0 in x_t to tell c by: nothing is moved.
+    Scale 1 is the model of p(x_0 | c) by Bayes' rule, if both parts are exact. Scale 0 is exactly
+    the model, and costs no more. x_t at α = 0 holds no x_0 to infer c from: nothing is moved.
 
     Attributes:
       log_likelihood: a pytree ``(x_t, t, conditioning) → [batch]`` in nats, up to a constant:
@@ -191,7 +190,7 @@ class LikelihoodGuidance:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> tuple[Prediction, Prediction]:
-        """What this predicts, and the prediction of the model that knows no likelihood."""
+        """The prediction, and the model's own prediction without the likelihood."""
         plain = self.denoiser(xt, t, conditioning)
         if self.scale == 0:
             return plain, plain
@@ -204,11 +203,11 @@ class LikelihoodGuidance:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoisyClassifier:
-    """log p(label | x_t) in nats, by a classifier that has learned to see through noise.
+    """log p(label | x_t) in nats, from a classifier trained on noisy images.
 
     Attributes:
       params, apply: ``apply(params, x, time=time)`` gives features and logits, time ``[batch]``.
-      parameterisation: the one of its training, for what the network is fed.
+      parameterisation: that of its training; it makes the network's input.
     """
 
     params: Any
@@ -235,11 +234,11 @@ class NoisyClassifier:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RescaledGuidance:
-    """x_0 of guidance times φ·std(x_0)/std(x̃_0) + 1 - φ (Lin et al. 2024, eqs. 14-16).
+    """Guidance with its x_0 times φ·std(x_0)/std(x̃_0) + 1 - φ (Lin et al. 2024, eqs. 14-16).
 
-    x̃_0 is the guided prediction, x_0 the one without guidance, each with its standard deviation
-    over all pixels and channels of an example: guidance raises it, and images turn out overexposed.
-    What is rescaled is x_0, whatever the network predicts; ε follows.
+    x̃_0 is the guided prediction and x_0 the one without guidance, each with its standard deviation
+    over all pixels and channels of an example. Guidance raises the deviation, which overexposes
+    images. x_0 is rescaled, whatever the network predicts; ε follows.
 
     Raises:
       ValueError: where φ is outside [0, 1].
@@ -274,7 +273,7 @@ class RescaledGuidance:
         t: Float[Array, ""] | Float[Array, " batch"],
         conditioning: Conditioning,
     ) -> tuple[Prediction, Prediction]:
-        """What this predicts, and the prediction without guidance."""
+        """The prediction, and the prediction without guidance."""
         guided, plain = self.guidance.guided_and_plain(xt, t, conditioning)
 
         def std(x0: Array) -> Array:
@@ -287,10 +286,10 @@ class RescaledGuidance:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GuidanceInterval:
-    """Guidance at noise levels low < σ/α ≤ high, elsewhere none (Kynkäänniemi et al. 2024).
+    """Guidance at noise levels low < σ/α ≤ high, none elsewhere (Kynkäänniemi et al. 2024).
 
-    Elsewhere it is the guided model itself and costs one pass of it: with one t for the whole
-    batch, as in samplers, a branch is taken. With a t per example both are computed.
+    The guided model alone serves elsewhere and costs one pass: one t for the whole batch, as in
+    samplers, takes a branch. A t per example computes both.
 
     Raises:
       ValueError: unless 0 ≤ low < high.

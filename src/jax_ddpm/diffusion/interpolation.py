@@ -20,11 +20,11 @@ def interpolate(
     key: Any,
     conditioning: Conditioning,
 ) -> Float[Array, "n *shape"]:
-    """Decodes (1-w)·x_t + w·x'_t for each weight w, with x_t, x'_t ~ q(· | x_0), q(· | x'_0).
+    """Decodes (1-w)·x_t + w·x'_t for each weight w, with x_t ~ q(· | x_0) and x'_t ~ q(· | x'_0).
 
-    t is where the sampler starts. Every weight shares one draw of the encoding noise and one of the
-    sampling noise, so that only w varies along the row; w = 0 and 1 are the two images'
-    reconstructions. Linear mixing shrinks the noise between them, as in the paper.
+    t is where the sampler starts. All weights share one draw of the encoding noise and one of the
+    sampling noise, so only w varies along the row; w = 0 and w = 1 reconstruct the two images.
+    Linear mixing shrinks the noise between them, as in the paper.
     """
     t = jnp.asarray(sampler.nodes.time[0], pair.dtype)
     encode_key, decode_key = jax.random.split(key)

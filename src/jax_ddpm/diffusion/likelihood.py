@@ -22,7 +22,7 @@ ModelVariance = Literal["fixedsmall", "fixedlarge", "learned"]
 
 
 def mean_over_dims(x: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
-    """The mean of everything but the batch axis."""
+    """The mean over all axes except the batch axis."""
     return x.mean(axis=tuple(range(1, x.ndim)))
 
 
@@ -31,7 +31,7 @@ def gaussian_kl(
 ) -> Array:
     """KL(N(mean_q, σ_q²) ‖ N(mean_p, σ_p²)) in nats, elementwise, from means and log-variances."""
     log_ratio = log_variance_q - log_variance_p
-    # exp(r) - 1 - r, with the first two terms joined so that equal variances give exactly 0.
+    # exp(r) - 1 - r with its first two terms joined: equal variances give exactly 0.
     return 0.5 * (
         jnp.expm1(log_ratio) - log_ratio + (mean_q - mean_p) ** 2 * jnp.exp(-log_variance_p)
     )
@@ -52,7 +52,7 @@ def discrete_decoder_log_likelihood(
     inverse_std = jnp.exp(-0.5 * log_variance)
     upper = (x0 + half_bin - mean) * inverse_std
     lower = (x0 - half_bin - mean) * inverse_std
-    # log(Φ(u) - Φ(l)), mirrored to the left tail where log Φ keeps its precision.
+    # log(Φ(u) - Φ(l)) is mirrored to the left tail, where log Φ keeps its precision.
     in_right_tail = x0 > mean
     high = log_ndtr(jnp.where(in_right_tail, -lower, upper))
     low = log_ndtr(jnp.where(in_right_tail, -upper, lower))
@@ -66,8 +66,8 @@ def model_log_variance(
 ) -> Float[Array, "batch *var"]:
     """log σ_t² of p(x_{t-1} | x_t), broadcasting against x.
 
-    "fixedsmall" is β̃_t, "fixedlarge" is β_t, both with β̃ of t = 1 at t = 0 for the decoder;
-    "learned" is placed between log β̃_t and log β_t by the prediction's fraction.
+    "fixedsmall" is β̃_t and "fixedlarge" is β_t, both with β̃ of t = 1 at t = 0 for the decoder.
+    The prediction's fraction places "learned" between log β̃_t and log β_t.
     """
     xt = prediction.x0
     smallest = chain.posterior_log_variance
@@ -101,15 +101,15 @@ def bound_term(
 
 def prior_term(chain: Chain, x0: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in nats/dim."""
-    # ½(ᾱ·x_0² - ᾱ - log(1-ᾱ)), the last two terms joined in float64.
+    # ½(ᾱ·x_0² - ᾱ - log(1-ᾱ)), with the last two terms joined in float64.
     alpha_bar = chain.alpha_bar[-1]
     rest = -alpha_bar - chain.log_one_minus_alpha_bar[-1]
     return mean_over_dims(0.5 * (x0**2 * alpha_bar.astype(x0.dtype) + rest.astype(x0.dtype)))
 
 
 class BoundTerms(NamedTuple):
-    """The bound of a batch: ``steps[:, t]`` holds L_0 at t = 0 and L_{t-1} after, ``x0_mse`` the
-    squared error of the predicted x_0 there, ``prior`` is L_T; nats/dim."""
+    """The bound of a batch in nats/dim: ``steps[:, t]`` holds L_0 at t = 0 and L_{t-1} after,
+    ``x0_mse`` the squared error of the x_0 predicted there, ``prior`` L_T."""
 
     steps: Float[Array, "batch T"]
     x0_mse: Float[Array, "batch T"]
@@ -129,10 +129,10 @@ def variational_bound(
     variance: ModelVariance,
     num_levels: int,
 ) -> BoundTerms:
-    """An unbiased one-draw-per-term estimate of the whole bound.
+    """An unbiased estimate of the whole bound, from one draw per term.
 
-    The noise of example i at step t depends on ``keys[i]`` and t alone. To evaluate as the paper
-    does, pass a ``ClippedDenoiser``.
+    The noise of example i at step t depends only on ``keys[i]`` and t. Pass a ``ClippedDenoiser``
+    to evaluate as the paper does.
     """
 
     def term(carry: None, t: Array) -> tuple[None, tuple[Array, Array]]:

@@ -1,9 +1,9 @@
-"""Weighted denoising errors, all weightings stated on the squared ε-error.
+"""Weighted denoising errors, with all weightings stated on the squared ε-error.
 
     loss(t) = w(t)·‖ε - ε̂‖², averaged over dimensions.
 
-An error in another target is an ε-error with another weight: ‖y - ŷ‖² = (Δ/α)²·‖ε - ε̂‖², with Δ
-of ``parameterisation.Target``. So a loss is computed in the network's own target, where it is
+An error in another target is an ε-error with another weight: ‖y - ŷ‖² = (Δ/α)²·‖ε - ε̂‖², with Δ of
+``parameterisation.Target``. A loss is therefore computed in the network's own target, where it is
 free of cancellation, and multiplied by w·(α/Δ)².
 """
 
@@ -21,7 +21,7 @@ Weighting = Callable[[Process, Array], Array]
 
 
 def _signal(process: Process, t: Array) -> Array:
-    """α, never quite 0: where a chain ends without signal, w·(α/Δ)² is a finite limit of ∞·0."""
+    """α, never quite 0: w·(α/Δ)² is a finite limit of ∞·0 where a chain ends without signal."""
     return jnp.maximum(process.alpha(t), 1e-18)
 
 
@@ -48,7 +48,7 @@ def p2(process: Process, t: Array, k: float = 1.0, gamma: float = 1.0) -> Array:
 def vlb(process: Process, t: Array) -> Array:
     """The bound's own weight: a KL of equal variances σ² = β̃ is ‖μ̃ - μ̂‖²/(2σ²) (Ho et al., eq. 12).
 
-    At t = 0, where β̃ = 0, σ² is that of t = 1. T times the expectation over uniform t estimates
+    σ² at t = 0, where β̃ = 0, is that of t = 1. T times the expectation over uniform t estimates
     Σ L_{t-1} in nats/dim.
     """
     assert isinstance(process, Chain), "the VLB weighting belongs to the T-step chain"
@@ -75,8 +75,8 @@ WEIGHTINGS: dict[str, Weighting] = {
     "v": _error_in("v"),
     "posterior_mean": _error_in("posterior_mean"),
 }
-# The plain squared error in the network's own target: of EDM's F that is λ(σ) on the x_0-error
-# (Karras et al. 2022, table 1), of a flow's velocity it is flow matching (Lipman et al. 2023).
+# The plain squared error in the network's own target: λ(σ) on the x_0-error for EDM's F (Karras et
+# al. 2022, table 1), flow matching for a flow's velocity (Lipman et al. 2023).
 OWN_TARGET = "target"
 
 

@@ -1,7 +1,7 @@
 """Likelihood by the probability-flow ODE (Chen et al. 2018; Song et al. 2021, section 4.3).
 
-In y = x/α and s = σ/α the ODE of every process is dy/ds = ε̂ (Karras et al. 2022, eq. 1 at
-s(t) = 1). Its flow carries the density of data to that of noise; over u = log s = -λ/2:
+The ODE of every process is dy/ds = ε̂ in y = x/α and s = σ/α (Karras et al. 2022, eq. 1 at
+s(t) = 1). Its flow carries the density of data to that of noise, over u = log s = -λ/2:
 
     dy/du = s·ε̂(α·y, t),    d log p(y)/du = -s·div_y ε̂(α·y, t).
 """
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float64
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.process import Process, fold_in
 
-# The σ/α at which a process that goes on to α = 0 is cut off.
+# A process that goes on to α = 0 is cut off at this σ/α.
 _NO_SIGNAL = 1e4
 
 
@@ -42,31 +42,31 @@ def ode_log_likelihood(
 ) -> FlowLikelihood:
     """log p(x) of each example under the model that the denoiser's ODE defines.
 
-    x is taken as the state at the least noisy time of the process and flows to the noisiest, where
-    the prior is N(0, prior_std²). A density in x is one in y divided by α^d, d the number of
-    dimensions, so with x_0 and x_T at these two ends
+    x is the state at the least noisy time of the process and flows to the noisiest, where the prior
+    is N(0, prior_std²). A density in x is one in y divided by α^d, with d the number of dimensions.
+    With x_0 and x_T at these two ends
 
         log p_x(x_0) = log p_y(y_0) - d·log α_0
         log p_y(y_0) = log p_y(y_T) + ∫ s·div_y ε̂ du
         log p_y(y_T) = log N(x_T; 0, prior_std²) + d·log α_T.
 
     The divergence is the trace of the Jacobian J of ε̂, estimated without bias by vᵀ·J·v
-    (Hutchinson 1990; Grathwohl et al. 2019), with one v of random signs for the whole way of
-    example i, drawn from ``keys[i]``; ``exact_trace`` takes vᵀ·J·v along every axis, d times the
-    cost and memory. The integrator is Dormand and Prince's, with the steps that each example needs
-    for the tolerances: what else is in the batch does not matter. It runs in x's dtype.
+    (Hutchinson 1990; Grathwohl et al. 2019). One v of random signs, drawn from ``keys[i]``, serves
+    the whole path of example i; ``exact_trace`` takes vᵀ·J·v along every axis, at d times the cost
+    and memory. The integrator is Dormand and Prince's, in x's dtype. Each example takes the steps
+    that its tolerances need, whatever the rest of the batch.
 
-    The denoiser should not clip x_0: that puts kinks into the ODE, and drops what lies beyond from
-    the divergence. A process that goes on to α = 0 is cut off at σ/α = 10⁴, where data in [-1, 1]
-    differ from the prior by a KL divergence below 2·10⁻⁸ nats per dimension.
+    The denoiser should not clip x_0: clipping puts kinks into the ODE and drops the clipped part
+    from the divergence. A process that goes on to α = 0 is cut off at σ/α = 10⁴, where data in
+    [-1, 1] differ from the prior by a KL divergence below 2·10⁻⁸ nats per dimension.
     """
     times = _ends(process)
     u_0, u_T = (-process.log_snr(times) / 2).tolist()
     alpha_0, alpha_T = process.alpha(times).tolist()
 
     def slope(state, tau, denoiser, given, probes):
-        # From u_0 at τ = 0 to u_T at τ = 1. The integrator steps past the end and interpolates
-        # back: along a cosine that retraces the way, and no noise beyond it is asked for.
+        # u goes from u_0 at τ = 0 to u_T at τ = 1. The integrator steps past the end and
+        # interpolates back; the cosine turns back there, so no noise beyond the end is asked for.
         u = u_0 + (u_T - u_0) * (1 - jnp.cos(jnp.pi * tau)) / 2
         ds = jnp.exp(u) * (u_T - u_0) * jnp.sin(jnp.pi * tau) * (jnp.pi / 2)
         t = jnp.clip(process.time(-2 * u), *times.tolist())
@@ -80,7 +80,7 @@ def ode_log_likelihood(
         return ds * value, ds * divergence / y.size
 
     def flow(x, key, given):
-        # The growth of volume is kept per dimension, as large as a coordinate of y.
+        # The log of the volume's growth is kept per dimension, as large as a coordinate of y.
         start = x / alpha_0, jnp.zeros((), x.dtype)
         given = jax.tree.map(lambda array: array[None], given)
         probes = _axes(x) if exact_trace else jax.random.rademacher(key, (1, *x.shape), x.dtype)
@@ -123,8 +123,8 @@ def dequantised_nll(
     """An upper bound on -log P(x_0) in nats/dim, in expectation over ``keys``.
 
     ``x0`` holds ``num_levels`` evenly spaced levels from -1 to 1, each the centre of a bin of width
-    w. The model's P of a level is its density over the bin; with u uniform over it, and Jensen's
-    inequality (Theis et al. 2016),
+    w. The model's P of a level is its density integrated over the bin. A u uniform over the bin and
+    Jensen's inequality give (Theis et al. 2016)
 
         -log P(x_0) = -log E p(x_0 + u) - d·log w ≤ -E log p(x_0 + u) - d·log w.
 

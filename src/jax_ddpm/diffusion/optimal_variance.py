@@ -43,11 +43,12 @@ def optimal_variance(grid: Grid, statistic: X0Error) -> Float64[np.ndarray, " st
 
         σ*² = β̃ + c_0²·Cov,   Cov = E‖x_0 - x̂_0‖²/d,
 
-    where c_0 weights x̂_0 in the posterior mean and Cov is what x_t leaves unknown of x_0, at most 1
-    for data in [-1, 1]. Of an exact model that is their (σ/α)²·(1 - E‖ε̂‖²/d); the error itself is
-    also the optimum of a model that is not, and is estimated at high noise as well as at low (Bao
-    et al. 2022, "Estimating the optimal covariance with imperfect mean", theorem 3.1). Between the
-    λ of the statistic it is interpolated, beyond them held. A step to clean data draws no noise.
+    where c_0 weights x̂_0 in the posterior mean and Cov is what x_t leaves unknown of x_0, at most
+    1 for data in [-1, 1]. Cov of an exact model is their (σ/α)²·(1 - E‖ε̂‖²/d). The error itself is
+    also the optimum of an inexact model (Bao et al. 2022, "Estimating the optimal covariance with
+    imperfect mean", theorem 3.1), and can be estimated at high noise as well as at low. It is
+    interpolated between the λ of the statistic and held beyond them. A step to clean data draws no
+    noise.
     """
     unknown = np.interp(grid.now.log_snr, statistic.log_snr, np.minimum(statistic.mse, 1))
     step = grid.posterior

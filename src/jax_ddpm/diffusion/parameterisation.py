@@ -1,13 +1,13 @@
-"""What the network is fed and what its output means.
+"""The network's input, and the meaning of its output.
 
 Every Gaussian parameterisation regresses a combination y = a·x_0 + b·ε. Together with
-x_t = α·x_0 + σ·ε that is a linear system in (x_0, ε) with determinant Δ = α·b - σ·a, so one pair
-of formulas leads from any output to the hub (x_0, ε) and back:
+x_t = α·x_0 + σ·ε this is a linear system in (x_0, ε) with determinant Δ = α·b - σ·a, so one pair of
+formulas leads from any output to the hub (x_0, ε) and back:
 
     x_0 = (b·x_t - σ·y) / Δ        ε = (α·y - a·x_t) / Δ.
 
-At a given x_t an error δ in ε is an error (Δ/α)·δ in y, which is how errors in different
-targets compare.
+An error δ in ε at a given x_t is an error (Δ/α)·δ in y, which makes errors in different targets
+comparable.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class Target(NamedTuple):
 class Prediction(NamedTuple):
     """The hub: a pair with x_t = α·x_0 + σ·ε, shaped like x_t.
 
-    ``variance_fraction`` v, where the model learns its variance, places log σ² between log β̃
-    (v = 0) and log β (v = 1) of whatever step the sampler takes (Nichol & Dhariwal 2021, eq. 15).
+    ``variance_fraction`` v of a model that learns its variance places log σ² between log β̃ (v = 0)
+    and log β (v = 1) of the sampler's own step (Nichol & Dhariwal 2021, eq. 15).
     """
 
     x0: Float[Array, "batch *shape"]
@@ -74,7 +74,7 @@ def _velocity(process: Process, t: Array) -> Target:
 def _edm(process: Process, t: Array, data_std: float) -> Target:
     """EDM's F: x̂_0 = c_skip·x_t/α + c_out·F (Karras et al. 2022, table 1 at σ/α).
 
-    F has unit variance for data of variance data_std². With data_std = 1 it is -v of a process with
+    F has unit variance for data of variance data_std². It is -v for data_std = 1 and a process with
     α² + σ² = 1.
     """
     alpha, sigma = process.alpha(t), process.sigma(t)
@@ -124,21 +124,21 @@ NormaliseInput = Annotated[bool, Option("x_t is divided by its standard deviatio
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parameterisation:
-    """The meaning of a network's input and output, bound to the process it was trained in.
+    """The network's input and output, bound to the process of its training.
 
     Attributes:
       process: the noise process of training.
       target: a name in ``TARGETS``.
-      time_scale: the network is fed ``time_scale·t``; 1000/T keeps a chain of any length, and 1000
-        times of at most 1, on the range that the sinusoidal embedding was made for.
-      condition_on: "time", or "log_snr" to feed ``-time_scale·λ/8`` in place of t: time_scale times
+      time_scale: the network's time is ``time_scale·t``. 1000/T keeps a chain of any length, and
+        1000 keeps times of at most 1, in the range that the sinusoidal embedding was made for.
+      condition_on: "time", or "log_snr" for ``-time_scale·λ/8`` in place of t: time_scale times
         EDM's c_noise = ¼·log(σ/α).
       data_std: the data's standard deviation, for the target "edm" and for ``normalise_input``.
       normalise_input: divide x_t by its standard deviation: EDM's c_in, and Chen 2023's
         normalisation of scaled inputs.
-      variance: "none", or what the second half of the output channels holds: the
-        log-variance of the step t → t-1 ("learned", for sampling that very chain: on longer steps
-        its fraction means little), or the fraction v as (1 + output)/2 ("learned_range").
+      variance: "none", or the content of the second half of the output channels: the log-variance
+        of the step t → t-1 ("learned", only for sampling that very chain: its fraction means little
+        on longer steps), or the fraction v as (1 + output)/2 ("learned_range").
     """
 
     process: Process
@@ -167,7 +167,7 @@ class Parameterisation:
     def network_input(
         self, xt: Float[Array, "batch *shape"], t: Float[Array, "..."]
     ) -> Float[Array, "batch *shape"]:
-        """What the network sees of x_t."""
+        """The image that the network sees at (x_t, t)."""
         if not self.normalise_input:
             return xt
         return xt / expand(marginal_std(self.process, t, self.data_std), xt)
@@ -185,7 +185,7 @@ class Parameterisation:
         eps: Float[Array, "batch *shape"],
         t: Float[Array, " batch"],
     ) -> Float[Array, "batch *shape"]:
-        """y = a·x_0 + b·ε, what the network's mean output regresses."""
+        """y = a·x_0 + b·ε, the regression target of the network's mean output."""
         target = self.coefficients(t)
         return expand(target.a, x0) * x0 + expand(target.b, x0) * eps
 

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# NumPy float64 when sampler tables are made on the host, a JAX array inside compiled programs.
+# NumPy float64 for sampler tables made on the host, a JAX array inside compiled programs.
 Times = TypeVar("Times", np.ndarray, jax.Array)
 
-# Below this λ, α/σ < exp(-5.1), x_t is as good as noise: where Lu et al. 2022 begin to sample under
+# x_t is nearly pure noise below this λ (α/σ < exp(-5.1)). Lu et al. 2022 begin to sample here under
 # the cosine schedule, which spends a third of its λ below.
 ALL_NOISE = -10.2
 
 
 @runtime_checkable
 class Process(Protocol):
-    """A noise process, known by its signal and noise levels.
+    """A noise process, defined by its signal and noise levels.
 
     All methods act elementwise and keep the array type and dtype of their argument: the same code
     serves float64 tables on the host and float32 inside ``jit``. λ = log(α²/σ²) is the log
@@ -52,13 +52,13 @@ class Process(Protocol):
 
 
 def sqrt_sigmoid(x: Times) -> Times:
-    """√(1/(1 + exp(-x))): of λ the signal level α where α² + σ² = 1, of -λ the noise level σ."""
+    """√(1/(1 + exp(-x))): α at x = λ and σ at x = -λ, where α² + σ² = 1."""
     xp = x.__array_namespace__()
     return xp.exp(-xp.logaddexp(-x, xp.zeros_like(x)) / 2)
 
 
 class Posterior(NamedTuple):
-    """q(x_s | x_t, x_0) = N(coef_x0·x_0 + coef_xt·x_t, variance·I), for less noise at s than t."""
+    """q(x_s | x_t, x_0) = N(coef_x0·x_0 + coef_xt·x_t, variance·I), with less noise at s than t."""
 
     coef_x0: np.ndarray
     coef_xt: np.ndarray
@@ -74,7 +74,7 @@ def posterior_coefficients(
 ) -> Posterior:
     """Bayes' rule for one step back (Ho et al. 2020, eqs. 6-7; Kingma et al. 2021, eq. 25).
 
-    ``beta`` is the variance of q(x_t | x_s) = N(α_t/α_s·x_s, β·I), that is σ_t² - (α_t/α_s)²·σ_s².
+    ``beta`` is the variance of q(x_t | x_s) = N(α_t/α_s·x_s, β·I): σ_t² - (α_t/α_s)²·σ_s².
     The two mean coefficients do not sum to 1. All arguments and results are float64 on the host.
     """
     return Posterior(
@@ -105,12 +105,12 @@ def noise_between(
     xt: Float[Array, "batch *shape"],
     t: Float[Array, "#batch"] | Float[Array, ""],
 ) -> Float[Array, "batch *shape"]:
-    """ε = (x_t - α·x_0)/σ, with which ``q_sample`` leads from x_0 to x_t."""
+    """ε = (x_t - α·x_0)/σ, the noise with which ``q_sample`` leads from x_0 to x_t."""
     return (xt - expand(process.alpha(t), xt) * x0) / expand(process.sigma(t), xt)
 
 
 def per_example_normal(keys: Any, x: Float[Array, "batch *shape"]) -> Float[Array, "batch *shape"]:
-    """Standard normal noise shaped like x, example i from key i alone, whatever the batch."""
+    """Standard normal noise shaped like x; example i depends only on key i, whatever the batch."""
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
 
 

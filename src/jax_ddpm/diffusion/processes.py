@@ -46,7 +46,7 @@ def chain(
     """The T-step chain of DDPM under one of ``SCHEDULES``.
 
     Raises:
-      ValueError: for an unknown schedule, or where the numbers make no β in (0, 1].
+      ValueError: for an unknown schedule, or where the numbers give no β in (0, 1].
     """
     betas = schedules.make_betas(schedule, num_timesteps, beta_start, beta_end)
     if shift != 1:
@@ -57,7 +57,7 @@ def chain(
 def vp_linear(
     beta_start: BetaStart = 1e-4, beta_end: BetaEnd = 0.02, shift: Shift = 1.0
 ) -> ContinuousProcess:
-    """The limit of the linear chain: β(t) is 1000 times that of its steps."""
+    """The limit of the linear chain: β(t) is 1000 times the β of its steps."""
     if not (0 < beta_start < math.inf and 0 < beta_end < math.inf):
         raise ValueError(f"β from {beta_start} to {beta_end}: both must be positive and finite")
     return _shifted(continuous.vp_linear(1000 * beta_start, 1000 * beta_end), shift)
@@ -114,10 +114,10 @@ PROCESSES = Table({name: partial(chain, name) for name in schedules.SCHEDULES} |
 
 
 def make_process(name: str, **options: Any) -> Process:
-    """The process ``name``, by those of the options that it takes.
+    """The process ``name``, made with those options that it takes.
 
     Raises:
-      ValueError: for an unknown name, or where the numbers make no such process.
+      ValueError: for an unknown name, or where the numbers give no such process.
     """
     if name not in PROCESSES:
         raise ValueError(f"unknown process {name!r}; known: {', '.join(PROCESSES)}")
@@ -126,7 +126,7 @@ def make_process(name: str, **options: Any) -> Process:
 
 
 def over_the_range_of(trained: Process, name: str) -> ContinuousProcess:
-    """The continuous process ``name`` over the λ of another process, at the least ``ALL_NOISE``."""
+    """The continuous process ``name`` over the λ of another process, cut off at ``ALL_NOISE``."""
     log_snr = np.maximum(trained.log_snr(np.array(trained.time_range)), ALL_NOISE)
     low, high = map(float, np.exp(-log_snr / 2))
     row = CONTINUOUS[name]

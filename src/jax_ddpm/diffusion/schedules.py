@@ -1,7 +1,7 @@
 """β schedules of the T-step chain, as float64 NumPy arrays of shape ``[T]``.
 
 ``beta_start`` and ``beta_end`` are meant for T = 1000 and scaled by 1000/T, so that a chain of
-any length destroys about as much signal. β_t is the variance added by step t:
+any length destroys about as much signal. β_t is the variance that step t adds:
 q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)  (Ho et al. 2020, eq. 2).
 """
 
@@ -59,7 +59,7 @@ def jsd(num_timesteps: int) -> Betas:
 def cosine(num_timesteps: int, offset: float = 0.008, max_beta: float = 0.999) -> Betas:
     """ᾱ along a squared cosine, β capped below 1 (Nichol & Dhariwal 2021, eq. 17).
 
-    β = 1 - cos²b/cos²a is taken as sin(a + b)·sin(b - a)/cos²a, which loses no digits at small β.
+    β = 1 - cos²b/cos²a is written as sin(a + b)·sin(b - a)/cos²a, which loses no digits at small β.
     """
     angle = (np.arange(num_timesteps + 1) / num_timesteps + offset) / (1 + offset) * np.pi / 2
     a, b = angle[:-1], angle[1:]
@@ -114,7 +114,7 @@ def _from_log_alpha_bar(log_alpha_bar: np.ndarray) -> Betas:
 def shifted(betas: Betas, factor: float) -> Betas:
     """The chain whose σ/α is ``factor`` times as large at every t (Hoogeboom et al. 2023).
 
-    With factor = resolution/64 a schedule made for 64² destroys larger images as much.
+    A factor of resolution/64 makes a schedule for 64² destroy larger images as much.
     """
     log_alpha_bar = _log_alpha_bar(betas)
     # ᾱ' = 1/(1 + factor²·(1-ᾱ)/ᾱ)
@@ -123,12 +123,12 @@ def shifted(betas: Betas, factor: float) -> Betas:
 
 
 def zero_terminal_snr(betas: Betas) -> Betas:
-    """√ᾱ moved and scaled to end at 0 and to begin where it did (Lin et al. 2024, algorithm 1).
+    """√ᾱ shifted and scaled to end at 0 and to begin where it did (Lin et al. 2024, algorithm 1).
 
-    The last β is 1: a model of ε would learn nothing there, one of x_0 or v does.
+    The last β is 1, where a model of ε would learn nothing; a model of x_0 or v does.
     """
     root = np.exp(_log_alpha_bar(betas) / 2)
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     previous = np.append(1.0, root[:-1])
-    # 1 - (root/previous)² as a product, which keeps the digits of small β.
+    # 1 - (root/previous)² is written as a product, which keeps the digits of small β.
     return (previous - root) * (previous + root) / previous**2

@@ -37,10 +37,10 @@ class ClippedDenoiser:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ThresholdedDenoiser:
-    """Dynamic thresholding: x_0 clipped to [-s, s] and divided by s, never less than 1.
+    """Dynamic thresholding: x_0 clipped to [-s, s] and divided by s, where s is at least 1.
 
     s is the given quantile of |x_0| over all pixels and channels of an example: 0.995 clips at most
-    one in 200 of them, 1 none. What lies in [-1, 1] altogether is left as it is.
+    one in 200 of them, 1 clips none. An x_0 that lies in [-1, 1] is left unchanged.
 
     Raises:
       ValueError: where the quantile is outside [0, 1].

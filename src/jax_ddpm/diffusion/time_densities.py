@@ -1,4 +1,4 @@
-"""Times of a continuous process, along a density that is part of the objective."""
+"""Times of a continuous process, drawn from a density that is part of the objective."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -13,10 +13,10 @@ from jax_ddpm.diffusion.time_sampling import spread
 
 @runtime_checkable
 class Density(Protocol):
-    """A density of times by its quantile function and its inverse, the distribution function."""
+    """A density of times, given by its quantile function and its distribution function."""
 
     def quantile(self, u: Float[Array, " batch"]) -> Float[Array, " batch"]:
-        """The time below which the share u of all times lies."""
+        """The time below which a share u of all times lies."""
         ...
 
     def rank(self, t: Float[Array, " batch"]) -> Float[Array, " batch"]:
@@ -68,7 +68,7 @@ class LogitNormalDensity:
 
 @dataclasses.dataclass(frozen=True)
 class Continuous:
-    """Times of a continuous process along a density, independent or spread evenly over the batch.
+    """Times of a continuous process from a density, independent or spread evenly over the batch.
 
     The density is part of the objective: no weight undoes it.
     """
@@ -84,7 +84,7 @@ class Continuous:
             u = spread(shared_key, position)
         else:
             u = jax.vmap(lambda key: jax.random.uniform(key, (), position.dtype))(keys)
-        # 0 would be at an infinite λ; a float32 in [0, 1) is 0 once in 2**23 draws.
+        # u = 0 would give an infinite λ; a float32 in [0, 1) is 0 once in 2**23 draws.
         u = jnp.clip(u, 1e-6, 1 - 1e-6)
         return self.density.quantile(u), jnp.ones_like(position)
 

@@ -1,8 +1,9 @@
-"""How training picks t: uniformly, stratified over the global batch, or by the loss's size.
+"""Drawing t in training: uniformly, stratified over the global batch, or by the loss's size.
 
 A time sampler is ``init() → state``, ``draw(state, step, …) → (t, weight)`` and
 ``update(state, step, t, loss) → state``; ``weight`` makes the weighted loss an unbiased estimate of
-its mean over uniform t. Here are those of a chain; ``time_densities`` has those of continuous time.
+its mean over uniform t. This file has those of a chain, ``time_densities`` those of continuous
+time.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class TimeSampler(Protocol):
         ...
 
     def rank(self, t: Float[Array, " batch"]) -> Float[Array, " batch"]:
-        """Where t lies among the times, in [0, 1): for metrics by quarters of time."""
+        """The place of t among the times, in [0, 1): for metrics by quarters of time."""
         ...
 
 
@@ -80,7 +81,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Stratified(Uniform):
-    """Evenly spread over the global batch from one shared offset (Kingma et al. 2021, app. I)."""
+    """Times spread evenly over the global batch by a shared offset (Kingma et al. 2021, app. I)."""
 
     def draw(self, state, step, shared_key, keys, position):
         t = jnp.floor(spread(shared_key, position) * self.num_timesteps)
@@ -88,15 +89,15 @@ class Stratified(Uniform):
 
 
 def spread(shared_key: Any, position: Float[Array, " batch"]) -> Float[Array, " batch"]:
-    """Evenly over [0, 1), moved by one offset for all."""
+    """Places spread evenly over [0, 1), all moved by one offset."""
     offset = jax.random.uniform(shared_key, (), position.dtype)
     return (offset + position) % 1
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each t, as a ring: slot ``counts % length`` is the next to be replaced.
+    """The last losses at each t, as a ring: slot ``counts % length`` is replaced next.
 
-    ``probabilities`` are those that ``step`` began with, for all its micro-batches.
+    ``probabilities`` are those at the start of ``step``, for all its micro-batches.
     """
 
     losses: Float[Array, "T length"]
@@ -109,9 +110,9 @@ class LossHistory(NamedTuple):
 class LossSecondMoment(Uniform):
     """p(t) ∝ √E[L_t²] over the last losses at each t (Nichol & Dhariwal 2021, eq. 18).
 
-    Uniform until every t has ``length`` losses; then mixed with ``uniform_share`` of uniform. Of
-    several losses of one step at one t, those of earlier micro-batches count as older, so that
-    gradient accumulation makes a slightly different run.
+    p(t) is uniform until every t has ``length`` losses, then mixed with ``uniform_share`` of
+    uniform. Losses of one step at one t count as older where they come from earlier micro-batches,
+    so gradient accumulation makes a slightly different run.
     """
 
     length: int = 10
@@ -145,7 +146,7 @@ class LossSecondMoment(Uniform):
         same = t[:, None] == t[None, :]
         earlier = jnp.sum(jnp.tril(same, -1), axis=1)
         later = jnp.sum(jnp.triu(same, 1), axis=1)
-        # Of more than `length` losses at one t only the last ones are written: no slot twice.
+        # Only the last `length` losses at one t are written, so that no slot is written twice.
         row = jnp.where(later < self.length, t, self.num_timesteps)
         slot = (state.counts[t] + earlier) % self.length
         return LossHistory(

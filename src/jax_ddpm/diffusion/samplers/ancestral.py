@@ -17,7 +17,7 @@ from jax_ddpm.options import OneOf, Option
 class AncestralNode(NamedTuple):
     """One step t → s: x_s = coef_x0·x̂_0 + coef_xt·x_t + noise·σ·z.
 
-    log σ² = log_variance + fraction·log_variance_span, between log β̃ and log β of this step;
+    log σ² = log_variance + fraction·log_variance_span lies between log β̃ and log β of this step;
     ``noise`` is 1, or 0 for a step without noise.
     """
 
@@ -43,9 +43,9 @@ Variance = Annotated[
 def ancestral(grid: Grid, variance: Variance) -> Sampler:
     """The ancestral sampler down a grid.
 
-    Over fewer steps than the chain has, coefficients are those of the re-spaced chain, rebuilt from
-    the ratios of ᾱ. The steps' variances are β̃ ("fixedsmall"), β ("fixedlarge"), the model's own
-    ("learned"), or given, one value per step. A step to clean data draws no noise, unless its
+    The coefficients over fewer steps than the chain has are those of the re-spaced chain, rebuilt
+    from the ratios of ᾱ. The steps' variances are β̃ ("fixedsmall"), β ("fixedlarge"), the model's
+    own ("learned"), or given, one value per step. A step to clean data draws no noise, unless its
     variance is given and positive.
 
     Raises:

@@ -30,13 +30,13 @@ def ddim(grid: Grid, eta: Eta = 0.0) -> Sampler:
     probability-flow ODE d(x/α) = ε̂ d(σ/α), which also runs upwards, from images to noise.
 
     Raises:
-      ValueError: where η is outside [0, 1], or a grid that rises is to be sampled with noise.
+      ValueError: where η is outside [0, 1], or positive on a grid that rises.
     """
     variance = eta**2 * grid.posterior.variance if eta > 0 else np.zeros(grid.num_steps)
     nodes = DDIMNode(
         time=grid.now.time,
         coef_x0=grid.after.alpha,
-        coef_eps=np.sqrt(np.maximum(grid.after.sigma**2 - variance, 0)),  # but for round-off ≥ 0
+        coef_eps=np.sqrt(np.maximum(grid.after.sigma**2 - variance, 0)),  # ≥ 0 up to round-off
         std=np.sqrt(variance),
     )
     return Sampler(nodes, init=lambda x: (), step=_step if eta > 0 else _step_without_noise)

@@ -25,18 +25,19 @@ class DPMNode(NamedTuple):
 
 @checked
 def dpmpp_2m(grid: Grid, eta: Eta = 0.0) -> Sampler:
-    """Second order with one evaluation a step, from the change of x̂_0 since the last.
+    """Second order with one evaluation a step, from the change of x̂_0 since the last step.
 
-    With h the step in log(α/σ), r the last step over this one and v = 1 - exp(-2ηh), the exact
-    solution of the (reverse) SDE for an x̂_0 that is linear in log(α/σ), to second order:
+    h is the step in log(α/σ), r the last step over this one and v = 1 - exp(-2ηh). The exact
+    solution of the (reverse) SDE for an x̂_0 that is linear in log(α/σ) is, to second order,
 
         x_s = σ_s/σ_t·exp(-ηh)·x_t + α_s·(1 - exp(-(1+η)h))·(x̂_0 + (x̂_0 - x̂_0')/(2r)) + σ_s·√v·z.
 
-    η = 0 solves the probability-flow ODE, η = 1 the SDE ("2M SDE", midpoint). The first step, and
-    steps of infinite h and after one, are of first order: DDIM's with v·σ_s² in place of η²·β̃.
+    η = 0 solves the probability-flow ODE, η = 1 the SDE ("2M SDE", midpoint). The first step, a
+    step of infinite h and the step after one are of first order: DDIM's, with v·σ_s² in place of
+    η²·β̃.
 
     Raises:
-      ValueError: where η is outside [0, 1], or a grid that rises is to be sampled with noise.
+      ValueError: where η is outside [0, 1], or positive on a grid that rises.
     """
     h = grid.step_size
     if eta > 0 and np.any(h < 0):

@@ -1,4 +1,4 @@
-"""Where a sampler goes: noise levels from its start to its end, in float64 on the host."""
+"""The path of a sampler: noise levels from its start to its end, in float64 on the host."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Grid(NamedTuple):
     def step_size(self) -> Float64[np.ndarray, " steps"]:
         """h = log(α_s/σ_s) - log(α_t/σ_t) of each step t → s; ∞ from pure noise and to clean data.
 
-        Half the change of λ: the λ of Lu et al. 2022.
+        h is half the change of λ: the λ of Lu et al. 2022 is log(α/σ).
         """
         return (self.after.log_snr - self.now.log_snr) / 2
 
@@ -64,14 +64,14 @@ class Grid(NamedTuple):
 
 
 def levels(process: Process, times: Float64[np.ndarray, " n"]) -> Levels:
-    """The process at these times; λ is -∞ where α = 0, also where a process keeps it finite."""
+    """The process at these times; λ is -∞ where α = 0, even if the process keeps it finite."""
     alpha = process.alpha(times)
     log_snr = np.where(alpha > 0, process.log_snr(times), -np.inf)
     return Levels(times, alpha, process.sigma(times), log_snr)
 
 
 def along(process: Process, times: Float64[np.ndarray, " n"]) -> Grid:
-    """Through these times, at the last of which x is left; rising times lead from images to noise.
+    """The steps through these times, the last of which is the end; rising times lead to noise.
 
     Raises:
       ValueError: where the times are fewer than two or neither fall nor rise.
@@ -84,7 +84,7 @@ def along(process: Process, times: Float64[np.ndarray, " n"]) -> Grid:
 
 
 def to_clean(process: Process, times: Float64[np.ndarray, " n"]) -> Grid:
-    """Down through these times, and from the last of them to exactly clean data.
+    """The steps down through these times, and from the last of them to exactly clean data.
 
     Raises:
       ValueError: where times do not decrease.
@@ -97,9 +97,9 @@ def to_clean(process: Process, times: Float64[np.ndarray, " n"]) -> Grid:
 
 
 def uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
-    """Evenly spaced in t: whole steps of a chain, both of its ends among them.
+    """Times evenly spaced in t: whole steps of a chain, both of its ends among them.
 
-    In continuous time the step to clean data is as long as the others.
+    The step to clean data is as long as the others in continuous time.
 
     Raises:
       ValueError: where a chain has fewer steps.
@@ -145,7 +145,7 @@ def log_snr_uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " s
 def _useful_ends(grid: str, process: Process) -> Float64[np.ndarray, " 2"]:
     """The noisiest and the least noisy time worth a visit.
 
-    Where sampling starts from the same noise at whatever t, that begins at ``ALL_NOISE``.
+    A process whose sampling starts from the same noise at every t begins at ``ALL_NOISE``.
     """
     low, high = process.time_range
     if process.alpha(np.array([high]))[0] == 0:
@@ -159,7 +159,7 @@ def _useful_ends(grid: str, process: Process) -> Float64[np.ndarray, " 2"]:
 def _exactly_between(
     ends: Float64[np.ndarray, " 2"], times: Float64[np.ndarray, " n"]
 ) -> Float64[np.ndarray, " n"]:
-    """The times without what rounding did to their ends."""
+    """The times, with the ends restored that rounding has changed."""
     times[0] = ends[0]
     if len(times) > 1:
         times[-1] = ends[1]

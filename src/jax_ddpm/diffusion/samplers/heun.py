@@ -1,6 +1,6 @@
 """Heun's method on the probability-flow ODE, with or without churn (Karras et al. 2022, alg. 2).
 
-In y = x/α and s = σ/α every process has the same ODE, dy/ds = ε̂ (their eq. 1 at s(t) = 1).
+Every process has the same ODE in y = x/α and s = σ/α: dy/ds = ε̂ (their eq. 1 at s(t) = 1).
 """
 
 from typing import Annotated, NamedTuple
@@ -16,13 +16,13 @@ from jax_ddpm.options import Option, checked, noise_levels, not_negative_and_fin
 
 
 class HeunNode(NamedTuple):
-    """One evaluation, of a step's start x_t or of the x_s that it led to.
+    """One evaluation, at a step's start x_t or at the x_s that it led to.
 
-    At the start x is first raised to more noise, then follows Euler's step, which is DDIM's:
+    x at the start is first raised to more noise, then takes Euler's step, which is DDIM's:
 
         x_t = raised·x + noise·z,   x_s = coef_x0·x̂_0 + coef_eps·ε̂.
 
-    Where that led (``kept`` = 1), half of the difference between both slopes is made good:
+    The evaluation at x_s (``kept`` = 1) corrects half of the difference between the two slopes:
 
         x_s = x + coef_eps·(ε̂ - ε̂ at the start).
     """
@@ -52,19 +52,19 @@ def heun(
     """2n - 1 evaluations over n steps to clean data: a step from α = 0 or to σ = 0 is Euler's.
 
     Args:
-      churn: S_churn: with γ = min(churn/n, √2 - 1) the noise of a step's start is first raised to
+      churn: S_churn, with γ = min(churn/n, √2 - 1): a step's start is first raised to the noise
         (1 + γ)·σ/α, but never above the grid's start. 0 is the deterministic method.
-      churn_range: [S_tmin, S_tmax], the σ/α where that is done.
+      churn_range: [S_tmin, S_tmax], the σ/α where noise is added.
       churn_noise: S_noise, the standard deviation of the noise added.
 
     Raises:
-      ValueError: where churn is negative, or a grid that rises is to be sampled with it.
+      ValueError: where churn is negative, or positive on a grid that rises.
     """
     if churn > 0 and np.any(grid.step_size < 0):
         raise ValueError("towards noise nothing is churned: churn must be 0")
     start, raised, noise = _churned(grid, churn, churn_range, churn_noise)
     after = grid.after
-    rows: list[tuple[float, ...]] = []  # of HeunNode
+    rows: list[tuple[float, ...]] = []  # a HeunNode each
     for i in range(grid.num_steps):
         rows.append((start.time[i], raised[i], noise[i], 0, after.alpha[i], after.sigma[i]))
         if start.alpha[i] > 0 and after.sigma[i] > 0:
@@ -77,7 +77,7 @@ def heun(
 def _churned(
     grid: Grid, churn: float, churn_range: tuple[float, float], churn_noise: float
 ) -> tuple[Levels, np.ndarray, np.ndarray]:
-    """Where each step starts, and the factor and the noise that raise x to there."""
+    """The start of each step, and the factor and the noise that raise x to there."""
     s = grid.now.noise_to_signal
     gamma = min(churn / grid.num_steps, np.sqrt(2) - 1)
     higher = np.minimum((1 + gamma) * s, s[0])

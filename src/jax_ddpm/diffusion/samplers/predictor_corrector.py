@@ -38,11 +38,11 @@ CorrectorSteps = Annotated[int, Option("Langevin steps before each step.", not_n
 def predictor_corrector(
     grid: Grid, snr: Snr = 0.16, corrector_steps: CorrectorSteps = 1
 ) -> Sampler:
-    """Before each ancestral step (variance β̃), ``corrector_steps`` steps of Langevin dynamics at t.
+    """``corrector_steps`` Langevin steps at t before each ancestral step (variance β̃).
 
-    ``snr`` is the paper's r, how strong noise is beside the score. Norms are each example's own,
-    where the paper's code averages them over the batch: so a sample does not depend on the others.
-    1-β is that of the step t → s, which is 1 in a variance-exploding process.
+    ``snr`` is the paper's r, the strength of the noise relative to the score. Norms are each
+    example's own, so a sample does not depend on the others; the paper's code averages them over
+    the batch. 1-β is that of the step t → s, which is 1 in a variance-exploding process.
 
     Raises:
       ValueError: where snr is not positive, corrector_steps is negative or the grid rises.

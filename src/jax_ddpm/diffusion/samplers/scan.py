@@ -29,12 +29,12 @@ class Sampler(NamedTuple):
 
     @property
     def num_evaluations(self) -> int:
-        """How often the denoiser is called for each sample."""
+        """The number of calls of the denoiser for each sample."""
         return len(jax.tree.leaves(self.nodes)[0])
 
 
 class Snapshots(NamedTuple):
-    """k evenly spaced moments of a run, the last of them its end."""
+    """k evenly spaced moments of a run; the last is its end."""
 
     x: Float[Array, "k batch *shape"]
     x0: Float[Array, "k batch *shape"]
@@ -51,10 +51,10 @@ def sample(
 ) -> tuple[Float[Array, "batch *shape"], Snapshots]:
     """Runs the sampler from x and returns its end and ``num_snapshots`` snapshots.
 
-    Nodes are cast to x's dtype. ``keys[i]`` alone decides the noise of example i, whatever the
-    batch around it. Snapshots hold x and the predicted x_0 (progressive generation). With
-    ``self_condition`` the denoiser is also told the x_0 that it predicted last, at first 0, as
-    ``conditioning["x0_estimate"]`` (Chen et al. 2023, Analog bits).
+    Nodes are cast to x's dtype. The noise of example i depends only on ``keys[i]``, whatever the
+    rest of the batch. Snapshots hold x and the predicted x_0 (progressive generation). The denoiser
+    under ``self_condition`` also gets its last x_0, at first 0, as ``conditioning["x0_estimate"]``
+    (Chen et al. 2023, Analog bits).
 
     Raises:
       ValueError: where there are more snapshots than steps, or none.

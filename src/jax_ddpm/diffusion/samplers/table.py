@@ -27,7 +27,7 @@ class Method(NamedTuple):
 
 
 def euler(grid: Grid) -> Sampler:
-    """What DDIM without noise is called under EDM and flows."""
+    """DDIM without noise under the name that it has with EDM and flows."""
     return ddim(grid)
 
 
@@ -51,8 +51,8 @@ SAMPLERS = Table(
 def usual_grid(name: str, process: Process) -> str:
     """The grid that a method is meant for, as far as the process has it.
 
-    Evenly spaced σ visit hardly any low noise, so where σ is the time that is no one's grid; a
-    process that ends without signal has no other.
+    Evenly spaced σ visit hardly any low noise, so no method uses that grid where σ is the time. A
+    process that ends without signal gets the uniform grid.
     """
     if process.alpha(np.array(process.time_range))[1] == 0:
         return "uniform"

@@ -43,12 +43,12 @@ def unipc(grid: Grid, order: Order = 2) -> Sampler:
     Raises:
       ValueError: where the order is not from 1 to 4.
     """
-    # λ of Lu et al. and Zhao et al.: log(α/σ).
+    # log(α/σ), the λ of Lu et al. and Zhao et al.
     at = np.append(grid.now.log_snr, grid.after.log_snr[-1]) / 2
     finite = np.isfinite(at)
     width, rows, orders = order + 1, [], []
     scale = grid.after.sigma / grid.now.sigma
-    # What a constant x̂_0 adds: α_s·(1 - exp(-h)) of Zhao et al., also where h is infinite.
+    # The effect of a constant x̂_0: α_s·(1 - exp(-h)) of Zhao et al., also where h is infinite.
     total = grid.after.alpha - scale * grid.now.alpha
     for i in range(grid.num_steps):
         singular = not (finite[i] and finite[i + 1])
@@ -74,8 +74,8 @@ def _weights(
 ) -> Float64[np.ndarray, " width"]:
     """The weights of the newest evaluations in the step from at[i] to at[i + 1].
 
-    The newest is the one at i, or for the corrector the one at i + 1. With evaluations m_k at the
-    points r_k = (at[k] - at[i])/h besides m at i itself, the mean of x̂_0 over the step, weighted by
+    The newest is the one at i, or at i + 1 for the corrector. Evaluations m_k lie at the points
+    r_k = (at[k] - at[i])/h besides m at i itself. The mean of x̂_0 over the step, weighted by
     exp(λ), is m + Σ_k ρ_k·(m_k - m)/r_k, where Σ_k ρ_k·r_k^(j-1) = j!·φ_(j+1)(-h)/φ_1(-h) for
     j = 1, 2, … (Zhao et al. 2023, theorem 3.1). A single ρ is ½, which keeps the order.
     """

@@ -1,4 +1,4 @@
-"""An image classifier: the way down of the U-Net, and a mean over pixels."""
+"""An image classifier: the U-Net's way down, and a mean over pixels."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class ResNet(nn.Module):
     """Features and class logits of an image (He et al. 2016, with pre-activation).
 
     Attributes:
-      num_classes: how many logits.
+      num_classes: the number of logits.
       base_channels, channel_multipliers, num_res_blocks, attention_resolutions, num_groups,
       dropout, dtype, remat: as in ``UNet``.
     """
@@ -49,7 +49,7 @@ class ResNet(nn.Module):
     remat: Remat = ""
 
     def check(self, image_shape: tuple[int, int, int] | None = None) -> None:
-        """Raises Unfit where options contradict each other, or images of this shape."""
+        """Raises Unfit where options contradict each other, or the shape of the images."""
         check_groups(self.base_channels, self.channel_multipliers, self.num_groups)
         if image_shape is not None:
             check_levels(self.channel_multipliers, self.attention_resolutions, image_shape)
@@ -63,8 +63,8 @@ class ResNet(nn.Module):
     ) -> tuple[Float32[Array, "b features"], Float32[Array, "b classes"]]:
         """The features, as many as the last level is wide, and the logits, of x in [-1, 1].
 
-        ``dropout_keys`` is one PRNG key per example in training, None otherwise. With ``time`` x is
-        a noisy image of that time, and the network has parameters to embed it.
+        ``dropout_keys`` is one PRNG key per example in training, None otherwise. x with a ``time``
+        is a noisy image of that time, and the network has parameters to embed it.
         """
         embedding = None
         if time is not None:

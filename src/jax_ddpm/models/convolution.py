@@ -1,10 +1,10 @@
 """Convolution as a primitive of its own, for the sake of its derivatives.
 
-XLA's CPU backend is fast at a convolution only if its axes lie in their usual order, and puts them
-in that order outside of loops alone. JAX's own rule for a kernel's gradient has them in another, so
-inside ``lax.scan`` (several steps per dispatch, accumulation, a guide's gradient) that gradient
-takes hundreds of times as long (jax issue 12868). The rules here are JAX's own, but for a CPU with
-the axes put in order first.
+XLA's CPU backend is fast only at a convolution whose axes lie in their usual order, and puts axes
+in that order only outside loops. JAX's own rule for a kernel's gradient orders them differently,
+so that gradient takes hundreds of times as long inside ``lax.scan`` (several steps per dispatch,
+accumulation, a guide's gradient; jax issue 12868). The rules here are JAX's own, except that they
+put the axes in order first on a CPU.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ def convolve(
     stride: int = 1,
     padding: Padding | None = None,
 ) -> Float[Array, "b h2 w2 f"]:
-    """A convolution, padded by so many zeros before and after in each direction; None: SAME."""
+    """A convolution, padded by this many zeros before and after in each direction; None: SAME."""
     if padding is None:
         rows, columns = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride,) * 2, "SAME")
         padding = (rows, columns)
@@ -42,7 +42,7 @@ def _convolve(x: Array, kernel: Array, *, stride: int, padding: Padding) -> Arra
 def _input_gradient(
     cotangent: Array, x: Any, kernel: Array, *, stride: int, padding: Padding
 ) -> Array:
-    """Σ over places of cotangent[place]·kernel[offset]: with the kernel flipped in space."""
+    """Σ over places of cotangent[place]·kernel[offset]: a convolution with the flipped kernel."""
 
     def pad(axis: int) -> tuple[int, int]:
         last = stride * (cotangent.shape[axis] - 1)
@@ -56,8 +56,8 @@ def _input_gradient(
 def _kernel_gradient(
     cotangent: Array, x: Array, kernel: Any, *, stride: int, padding: Padding
 ) -> Array:
-    """Σ over examples and places of x[place + offset]·cotangent[place]: examples are summed as
-    channels are, and channels of x lie where examples do."""
+    """Σ over examples and places of x[place + offset]·cotangent[place]: examples are summed like
+    channels, and the channels of x take the place of the examples."""
 
     def pad(axis: int) -> tuple[int, int]:
         before, last = padding[axis - 1][0], stride * (cotangent.shape[axis] - 1)
@@ -70,7 +70,7 @@ def _kernel_gradient(
 def _slide(
     x: Array, window: Array, order: tuple[str, str, str], padding: Padding, **dilation: Any
 ) -> Array:
-    """A convolution of axes in any order, which for a CPU are put in the usual one first."""
+    """A convolution of axes in any order; a CPU gets them in the usual order."""
 
     def as_they_are(x: Array, window: Array) -> Array:
         return lax.conv_general_dilated(

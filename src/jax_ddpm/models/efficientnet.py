@@ -1,7 +1,8 @@
 """EfficientNet-Lite0, an ImageNet classifier whose pooled features serve image metrics.
 
-EfficientNet-B0 (Tan & Le 2019) for small devices: without squeeze-and-excitation, with ReLU6 in
-place of swish. Batch normalisation is folded into the weights, so it is for evaluation only.
+This is EfficientNet-B0 (Tan & Le 2019) for small devices: without squeeze-and-excitation, with
+ReLU6 in place of swish. Batch normalisation is folded into the weights, so it is for evaluation
+only.
 """
 
 import functools
@@ -29,8 +30,8 @@ dense = functools.partial(nn.Dense, precision="highest")
 class EfficientNetLite0(nn.Module):
     """The 1280 pooled features and 1000 ImageNet logits of images in 0…255.
 
-    Images are ``resized`` to 224×224 and normalised to (x - 127)/128, as the published weights
-    were trained with. All products are in full float32.
+    Images are ``resized`` to 224×224 and normalised to (x - 127)/128, as in the training of the
+    published weights. All products are in full float32.
     """
 
     @nn.compact
@@ -56,11 +57,11 @@ class EfficientNetLite0(nn.Module):
 def resized(
     images: UInt8[Array, "b h w c"] | Float32[Array, "b h w c"],
 ) -> Float32[Array, "b 224 224 3"]:
-    """Images of one channel or three at the network's size, part of every metric's protocol.
+    """Images of one or three channels at the network's size, part of every metric's protocol.
 
-    The whole image and not a crop is resized, bilinearly with half-pixel centres, antialiased
-    along an axis that shrinks, in float32 and without rounding to levels afterwards. Gray is
-    repeated to three channels.
+    The whole image is resized, not a crop, bilinearly with half-pixel centres, antialiased along an
+    axis that shrinks, in float32 and without rounding to levels afterwards. Gray is repeated to
+    three channels.
     """
     batch, _, _, channels = images.shape
     shape = (batch, 224, 224, channels)
@@ -69,9 +70,9 @@ def resized(
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel, narrow, plus the input where it has the same shape.
+    """Widens, filters each channel, narrows, and adds the input where it has the same shape.
 
-    The block of MobileNetV2 (Sandler et al. 2018); its last layer is linear.
+    This is the block of MobileNetV2 (Sandler et al. 2018); its last layer is linear.
     """
 
     features: int
@@ -92,8 +93,8 @@ class InvertedResidual(nn.Module):
 class DepthwiseConv(nn.Module):
     """A convolution of each channel by itself, with SAME padding.
 
-    Written as a sum of shifted images, which XLA fuses into one loop; on a CPU its grouped
-    convolution is many times slower.
+    It is a sum of shifted images, which XLA fuses into one loop; its grouped convolution is many
+    times slower on a CPU.
     """
 
     kernel_size: int

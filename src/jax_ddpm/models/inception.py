@@ -21,8 +21,8 @@ _ONE_PIXEL = ((0, 0), (1, 1), (1, 1), (0, 0))
 class InceptionV3(nn.Module):
     """Features and logits as pytorch-fid computes them, in float32.
 
-    Modules are named as in PyTorch's network. The caller chooses the precision of products; FID is
-    meant at ``jax.default_matmul_precision("highest")``.
+    Modules are named as in PyTorch's network. The caller chooses the precision of products; FID
+    requires ``jax.default_matmul_precision("highest")``.
     """
 
     @nn.compact
@@ -75,7 +75,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """From 35×35 to 17×17 pixels."""
+    """Reduces 35×35 to 17×17 pixels."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
@@ -103,7 +103,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """From 17×17 to 8×8 pixels."""
+    """Reduces 17×17 to 8×8 pixels."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
@@ -136,7 +136,7 @@ class BlockE(nn.Module):
 class StridedConv(nn.Module):
     """A convolution without padding, as the sum over the kernel's places of one product each.
 
-    On a CPU that takes XLA half the time of a strided convolution, if there are many channels.
+    XLA takes half the time of a strided convolution for it on a CPU, if there are many channels.
     """
 
     features: int
@@ -158,7 +158,7 @@ class StridedConv(nn.Module):
 def _conv(
     x: Array, name: str, features: int, height: int = 1, width: int = 1, stride: int = 1
 ) -> Array:
-    """A convolution and ReLU; padded to the same size, but not at all where it strides.
+    """A convolution and ReLU, padded to the same size with stride 1, not padded otherwise.
 
     A 1×1 convolution is a product over channels, which XLA computes faster on a CPU.
     """
@@ -177,7 +177,7 @@ def _chain(x: Array, name: str, *layers: tuple[int, ...]) -> Array:
 
 
 def _crop(x: Array) -> Array:
-    """What a 3×3 convolution without padding leaves (which as such is slow in XLA on a CPU)."""
+    """The result of an unpadded 3×3 convolution, which XLA would compute slowly on a CPU."""
     return x[:, 1:-1, 1:-1]
 
 
@@ -199,7 +199,7 @@ def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 
 
 def _slide(combine: Callable[[Array, Array], Array], x: Array, stride: int = 1) -> Array:
-    """Each 3×3 window combined, axis by axis (``reduce_window`` runs on one core of a CPU)."""
+    """Each 3×3 window combined, axis by axis; ``reduce_window`` runs on one core of a CPU."""
     for axis in (1, 2):
         stop = x.shape[axis] - 2
         shifted = (jax.lax.slice_in_dim(x, i, stop + i, stride, axis) for i in range(3))
@@ -208,9 +208,9 @@ def _slide(combine: Callable[[Array, Array], Array], x: Array, stride: int = 1) 
 
 
 def resize_bilinear(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b size size c"]:
-    """Interpolates between the two nearest pixels of each axis, also where images shrink.
+    """Interpolates between the two nearest pixels of each axis, even where images shrink.
 
-    Pixel i of n lies at (i + ½)/n; beyond the outermost pixels their values continue. This is
+    Pixel i of n lies at (i + ½)/n; the outermost pixels' values continue beyond them. This is
     PyTorch's ``interpolate`` with ``align_corners=False`` and without antialiasing.
     """
 

@@ -29,7 +29,7 @@ class HostInitialiser:
 
 
 def generator(*entropy: Any) -> np.random.Generator:
-    """NumPy's generator for a JAX key's data and whatever else names the draw."""
+    """NumPy's generator for a JAX key's data and anything else that names the draw."""
     words = np.concatenate([np.ravel(np.asarray(word, np.uint32)) for word in entropy])
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words.tolist())))
 

@@ -3,8 +3,8 @@
 Kernels are drawn uniformly with variance ``scale``/fan-average; layers that end a residual branch
 take ``scale`` ≈ 0, so every block starts as the identity.
 
-What a layer computes is a jitted function: JAX traces and differentiates it once for all layers of
-a shape, of which a U-Net has several each.
+The computation of a layer is a jitted function: JAX traces and differentiates it once for all
+layers of a shape, and a U-Net has several of each.
 """
 
 import math
@@ -24,15 +24,15 @@ Dtype = Any
 
 
 def at_least_float32(dtype: Dtype) -> Dtype:
-    """For statistics, embeddings and softmax, whose round-off matters."""
+    """The dtype of statistics, embeddings and softmax, whose round-off matters."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def parameter(layer: nn.Module, name: str, shape: tuple[int, ...]) -> Array:
-    """The layer's parameter of that name, which its initialiser ``{name}_init`` draws.
+    """The layer's parameter of that name, drawn by its initialiser ``{name}_init``.
 
-    Linen's own ``param`` traces the initialiser at every use, to compare shapes, which is a good
-    part of tracing a U-Net.
+    Linen's own ``param`` traces the initialiser at every use to compare shapes, a good part of
+    tracing a U-Net.
 
     Raises:
       ValueError: where the parameters given are those of another network.
@@ -90,8 +90,8 @@ class Dense(nn.Module):
 
 @partial(jax.jit, static_argnames="dtype")
 def _dense(x: Array, kernel: Array, bias: Array, dtype: Dtype) -> Array:
-    # All pixels are the rows of one matrix, so that the kernel's gradient is one product of
-    # matrices, for which XLA copies no transpose.
+    # All pixels are rows of one matrix: the kernel's gradient is one matrix product, for which XLA
+    # copies no transpose.
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     y = rows @ kernel.astype(dtype) + bias.astype(dtype)[None]
     return y.reshape(*x.shape[:-1], -1)
@@ -105,9 +105,9 @@ def dense(features: int, dtype: Dtype, name: str, *, scale: float = 1.0) -> Dens
 def sinusoidal_embedding(
     time: Float[Array, " batch"], features: int, max_period: float = 10_000.0
 ) -> Float[Array, "batch features"]:
-    """[sin(ω_i·t), cos(ω_i·t)], ω from 1 to 1/max_period in a geometric row (Vaswani et al. 2017).
+    """[sin(ω_i·t), cos(ω_i·t)], ω geometrically from 1 to 1/max_period (Vaswani et al. 2017).
 
-    Meant for times up to about 1000; computed in float32.
+    It is meant for times up to about 1000, and computed in float32.
     """
     half = features // 2
     frequencies = jnp.exp(-math.log(max_period) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
@@ -128,7 +128,7 @@ def time_embedding(
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) over ``[batch, height, width, channels]``.
 
-    Moments are summed per channel, then folded into groups, and applied as one multiply-add, which
+    Moments are summed per channel, then folded into groups and applied as one multiply-add, which
     spares a CPU the five-axis view. Statistics are at least float32; ε is 1e-6.
     """
 
@@ -170,7 +170,7 @@ def _normaliser(
     num_groups: int,
     epsilon: float,
 ) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
-    """What to multiply each channel by, and to add, from its moments over the pixels."""
+    """The factor and the offset of each channel, from its moments over the pixels."""
 
     def group_mean(per_channel: Array) -> Array:
         groups = per_channel.reshape(len(per_channel), num_groups, -1)
@@ -184,9 +184,9 @@ def _normaliser(
 
 
 class Dropout(nn.Module):
-    """Dropout keyed per example, so that a batch can be split without changing the result.
+    """Dropout keyed per example, so that splitting a batch does not change the result.
 
-    ``keys`` is one PRNG key per example, or None to leave x as it is.
+    ``keys`` is one PRNG key per example, or None to leave x unchanged.
     """
 
     rate: float
@@ -203,7 +203,7 @@ class Dropout(nn.Module):
 @partial(jax.jit, static_argnames="rate")
 def _dropout(x: Array, keys: Any, layer: Array, rate: float) -> Array:
     def keep(key: Any) -> Array:
-        # 16 random bits decide as well as 32, and JAX draws no fewer than 32 at a time.
+        # 16 random bits decide as well as 32; JAX draws at least 32 at a time.
         words = jax.random.bits(jax.random.fold_in(key, layer), ((x[0].size + 1) // 2,))
         bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
         return bits[: x[0].size].reshape(x.shape[1:]) >= round(2**16 * rate)
@@ -267,16 +267,16 @@ def _attend(
     largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - largest)
     h = jnp.einsum("bqk,bkc->bqc", weights.astype(dtype), value)
-    # The softmax's sum divides here, which spares a pass over all pairs of pixels.
+    # Dividing by the softmax's sum here spares a pass over all pairs of pixels.
     return (h / weights.sum(axis=-1, keepdims=True)).astype(dtype)
 
 
 class UpsampleConv(nn.Module):
     """Each pixel twice in both directions, then a 3×3 convolution with SAME padding.
 
-    Of the doubled image a window covers but 2×2 pixels of x, other ones for even and for odd
-    places. So this is four 2×2 convolutions of x, with 4/9 of the arithmetic, whose kernels are
-    sums of the 3×3 kernel's taps (cf. the sub-pixel convolution of Shi et al. 2016).
+    A window of the doubled image covers only 2×2 pixels of x, different ones for even and for odd
+    places. The layer is therefore four 2×2 convolutions of x, with 4/9 of the arithmetic, whose
+    kernels are sums of the 3×3 kernel's taps (cf. the sub-pixel convolution of Shi et al. 2016).
     """
 
     features: int
@@ -305,7 +305,7 @@ class UpsampleConv(nn.Module):
 
 
 def _merge_taps(kernel: Array, axis: int) -> tuple[Array, Array]:
-    """The taps of even and of odd outputs along one axis, where pairs of inputs are the same."""
+    """The taps of even and of odd outputs along one axis, where pairs of inputs are equal."""
     before, here, after = jnp.split(kernel, 3, axis)
     even = jnp.concatenate([before, here + after], axis)
     odd = jnp.concatenate([before + here, after], axis)

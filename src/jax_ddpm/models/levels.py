@@ -1,4 +1,4 @@
-"""The options of networks that halve their images level by level, and what these must be."""
+"""The options of networks that halve their images level by level, and their checks."""
 
 from typing import Annotated
 
@@ -44,7 +44,7 @@ def check_levels(
     attention_resolutions: tuple[int, ...],
     image_shape: tuple[int, int, int],
 ) -> None:
-    """Raises Unfit where images cannot be halved so often, or no level has a height given."""
+    """Raises Unfit where images cannot be halved so often, or no level has a given height."""
     height, width, _ = image_shape
     levels = len(channel_multipliers)
     factor = 2 ** (levels - 1)

@@ -1,4 +1,4 @@
-"""A Linen module as a pair of pure functions: the one place where the network library is used."""
+"""A Linen module as a pair of pure functions, which training and sampling see of a network."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jax_ddpm.models.initialisers import HostInitialiser, generator
 class Network(NamedTuple):
     """The functions of a network.
 
-    ``apply(params, *inputs) → output`` takes and gives what the module does, is pure, and a stable
+    ``apply(params, *inputs) → output`` has the module's inputs and output, is pure, and is a stable
     object, so that programs compiled for it are found again; ``init(key) → params`` draws float32
     parameters.
     """
@@ -22,7 +22,7 @@ class Network(NamedTuple):
 
 
 def make_network(module: nn.Module, *example_inputs: Any) -> Network:
-    """``module`` for inputs of the shapes and dtypes of these; batches may be of any size."""
+    """``module`` for inputs of these shapes and dtypes, with a batch of any size."""
 
     def apply(params, *inputs, **named_inputs):
         return module.apply({"params": params}, *inputs, **named_inputs)
@@ -36,9 +36,9 @@ def make_network(module: nn.Module, *example_inputs: Any) -> Network:
 def _draw_parameters(module: nn.Module, key: Any, *inputs: Any) -> Any:
     """``module.init``, without compiling anything where all initialisers draw on the host.
 
-    Then the forward pass is only traced for shapes, while each layer is noted by its path, and
-    every parameter is drawn by its layer's own initialiser, from the key and its path. A network
-    that has Flax's initialisers is initialised by a compiled program.
+    The forward pass is then only traced for shapes, and each layer noted by its path. Each
+    parameter is drawn by its layer's own initialiser, from the key and its path. A network that has
+    Flax's initialisers is initialised by a compiled program.
     """
     layers: dict[tuple[str, ...], nn.Module] = {}
 

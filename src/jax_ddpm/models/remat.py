@@ -1,6 +1,6 @@
-"""Rematerialisation (Chen et al. 2016): what the backward pass computes again, to keep less.
+"""Rematerialisation (Chen et al. 2016): computing again in the backward pass, to keep less.
 
-Of each block of a network are kept, beside its input,
+Each block of a network keeps, beside its input,
 
 - "elementwise": the results of convolutions and matrix products. Normalisation, swish, dropout and
   softmax are computed again, at a few per cent of the arithmetic.

@@ -35,7 +35,7 @@ class UNet(nn.Module):
     """Predicts one output per pixel and channel from a noisy image and its time.
 
     Attributes:
-      out_channels: those of the image; twice as many to predict a variance as well.
+      out_channels: the image's channels; twice as many to predict a variance as well.
       base_channels: width of the first level.
       channel_multipliers: width of each level over ``base_channels``; each level below the first
         halves height and width, which must divide.
@@ -43,11 +43,11 @@ class UNet(nn.Module):
       attention_resolutions: heights of the feature maps that are followed by attention.
       num_groups: groups of GroupNorm; must divide every level's width.
       dropout: rate inside residual blocks.
-      num_classes: with more than 0, labels are embedded, and a null label for "unconditional".
+      num_classes: more than 0 embeds labels, and a null label for "unconditional".
       self_condition: x comes with an earlier estimate of the clean image in channels of its own.
       dtype: of computation; parameters, time embedding, statistics, softmax and output have at
         least float32.
-      remat: what the backward pass computes again, a policy of ``remat.py``; "": nothing.
+      remat: a policy of ``remat.py`` for computing again in the backward pass; "": nothing.
     """
 
     out_channels: int
@@ -63,7 +63,7 @@ class UNet(nn.Module):
     remat: Remat = ""
 
     def check(self, image_shape: tuple[int, int, int] | None = None) -> None:
-        """Raises Unfit where options contradict each other, or images of this shape."""
+        """Raises Unfit where options contradict each other, or the shape of the images."""
         check_groups(self.base_channels, self.channel_multipliers, self.num_groups)
         if image_shape is not None:
             check_levels(self.channel_multipliers, self.attention_resolutions, image_shape)
@@ -79,9 +79,9 @@ class UNet(nn.Module):
         """The network's output in at least float32.
 
         ``conditioning`` may hold ``label`` (int ``[b]``) and ``label_drop`` (bool ``[b]``, true
-        where the null label takes its place; without ``label`` it does everywhere), and under
-        ``self_condition`` ``x0_estimate`` shaped like x (without it 0).
-        ``dropout_keys`` is one PRNG key per example in training, None otherwise.
+        where the null label replaces it; the null label is everywhere without ``label``), and under
+        ``self_condition`` ``x0_estimate`` shaped like x (0 without it). ``dropout_keys`` is one
+        PRNG key per example in training, None otherwise.
         """
         res_block, attention = remat(ResBlock, self.remat), remat(AttentionBlock, self.remat)
         embedding = nn.swish(self._embedding(time, conditioning)).astype(self.dtype)

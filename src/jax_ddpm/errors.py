@@ -1,5 +1,5 @@
-"""What a user can mend."""
+"""Mistakes that a user can correct."""
 
 
 class UserError(Exception):
-    """A mistake in a flag, config, file or data set: one line naming it and the remedy."""
+    """A mistake in a flag, config, file or data set: one line that names it and the remedy."""

@@ -25,8 +25,8 @@ _MAX_COLUMNS = 10
 class Generator:
     """Draws samples in batches of one compiled size, rounded up to share over all devices.
 
-    Compiled once: new parameters, seeds and labels reuse the program. The noise of sample i depends
-    on (seed, i) alone, so it does not change with the batch size or the number of devices.
+    It is compiled once: new parameters, seeds and labels reuse the program. The noise of sample i
+    depends only on (seed, i), so it does not change with the batch size or the number of devices.
     """
 
     def __init__(self, model: Model, batch_size: int, mesh: Mesh, num_snapshots: int = 1):
@@ -61,7 +61,7 @@ class Generator:
         label: int | None = None,
         poll: Poll = never,
     ) -> Iterator[tuple[int, Snapshots]]:
-        """For each start the samples ``start, …, start + batch_size - 1`` of the seed, on the host.
+        """The samples ``start, …, start + batch_size - 1`` of the seed for each start, on the host.
 
         Batches and ``poll`` are those of ``run_ahead``.
         """
@@ -86,8 +86,8 @@ class Generator:
     ) -> Float[np.ndarray, "n h w c"]:
         """Samples 0, …, num_samples-1 of the seed, float in about [-1, 1].
 
-        With a conditional model sample i is of class ``label``, or where that is None of class
-        i modulo the number of classes.
+        Sample i of a conditional model is of class ``label``, or of class i modulo the number of
+        classes if that is None.
         """
         return self.snapshots(params, seed, num_samples, label, poll)[0][-1]
 
@@ -99,7 +99,7 @@ class Generator:
         label: int | None = None,
         poll: Poll = never,
     ) -> tuple[Float[np.ndarray, "k n h w c"], Float[np.ndarray, "k n h w c"]]:
-        """x_t and the predicted x_0 of each sample at evenly spaced steps, the last one its end."""
+        """x_t and the predicted x_0 of each sample at evenly spaced steps; the last is its end."""
         starts = range(0, num_samples, self.batch_size)
         parts = [part for _, part in self.draw(params, seed, starts, label, poll)]
         x, x0 = (np.concatenate(part, axis=1)[:, :num_samples] for part in zip(*parts, strict=True))
@@ -125,7 +125,7 @@ class Generator:
         return index % classes if label is None else np.full_like(index, label)
 
     def columns(self, num_samples: int, label: int | None = None) -> int:
-        """Columns of a grid: a class in each, or about as many as rows."""
+        """Columns of a grid: one for each class, or about as many as rows."""
         if self._model.label_classes and label is None:
             return min(self._model.label_classes, _MAX_COLUMNS)
         return math.ceil(math.sqrt(num_samples))

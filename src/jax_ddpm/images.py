@@ -1,4 +1,4 @@
-"""Images at the edges: uint8 conversion, grids and files. Inside they are NHWC float in [-1, 1]."""
+"""Images at the edges: uint8 conversion, grids, files. Inside they are NHWC float in [-1, 1]."""
 
 import pathlib
 
@@ -15,7 +15,7 @@ def from_levels(levels: UInt8[Array, "*shape"], num_levels: int) -> Float[Array,
 
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """[-1, 1] to 0…255, rounded to the nearest and clipped: the one place where this is done."""
+    """[-1, 1] to 0…255, rounded to the nearest and clipped; nothing else makes this conversion."""
     return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
@@ -25,7 +25,7 @@ def grid(
     """Images row by row with a white gap between them.
 
     Images smaller than ``min_size`` are enlarged by the largest whole factor that fits into it, so
-    that an 8×8 digit can be read; missing images in the last row stay white.
+    that an 8×8 digit can be read. Missing images in the last row stay white.
     """
     _, height, width, channels = images.shape
     factor = max(1, min_size // max(height, width))
@@ -48,7 +48,7 @@ def save_grid(path: pathlib.Path, images: Float[np.ndarray, "n h w c"], columns:
 def save_gif(path: pathlib.Path, moments: Float[np.ndarray, "k n h w c"], columns: int) -> None:
     """Writes grids of images in [-1, 1] as the frames of a film, its end held for two seconds.
 
-    It takes four seconds, or longer where frames would be shorter than viewers show.
+    The frames before take four seconds at most, or 20 ms each, the least that viewers show.
     """
     from PIL import Image
 

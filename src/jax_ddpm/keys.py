@@ -1,7 +1,7 @@
 """Random keys: every draw is keyed by (seed, stream, step, global example index).
 
-So results do not depend on devices, hosts or how a batch is split, and resuming needs no stored
-generator.
+Results therefore do not depend on devices, hosts or the split of a batch, and resuming needs no
+stored generator.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Shaped
 
 
 class Stream(enum.IntEnum):
-    """What a key is for. Numbers are part of a run's identity: never reuse or renumber them."""
+    """The use of a key. Numbers are part of a run's identity: never reuse or renumber them."""
 
     PARAMETERS = 0
     TIME = 1
@@ -47,8 +47,8 @@ def example_keys(key: Any, index: Int[Array, " batch"]) -> Any:
 class StepKeys:
     """The keys of one training step.
 
-    ``index`` holds the place of each example in the global batch of ``batch_size`` examples. Mapped
-    over devices along mesh axes ``axes``, these are the examples of one device.
+    ``index`` holds the place of each example in the global batch of ``batch_size`` examples, or
+    only those of one device where the step is mapped over devices along mesh axes ``axes``.
     """
 
     seed: Any

@@ -1,1 +1,1 @@
-"""Other projects' weights."""
+"""Weights of other projects."""

@@ -12,7 +12,7 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.interop.weights import checked, fold_batch_norm
 from jax_ddpm.models.efficientnet import EfficientNetLite0
 
-# Our layer: the port's convolution and the batch norm after it.
+# Our layer, and the port's convolution with the batch norm after it.
 _LAYERS = {
     "stem": ("_conv_stem", "_bn0"),
     "expand": ("_expand_conv", "_bn0"),
@@ -43,7 +43,7 @@ def efficientnet_lite0_parameters(state_dict: dict[str, np.ndarray]) -> dict[str
     """Parameters of ``EfficientNetLite0`` from the port's state dict, batch norm folded in.
 
     Raises:
-      UserError: naming the first array that is missing, misshapen or too many.
+      UserError: naming the first array that is missing, misshapen or unknown.
     """
     image = jax.ShapeDtypeStruct((1, 1, 1, 3), np.uint8)
     shapes = jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), image)["params"]

@@ -20,12 +20,12 @@ _UNUSED = re.compile(r"^AuxLogits\.|\.num_batches_tracked$|^fc\.bias$")
 def inception_parameters(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of ``InceptionV3`` from the state dict of pytorch-fid's network.
 
-    Both have the same names: ``Mixed_5b.branch1x1.conv.weight`` and the four arrays of
+    Both use the same names: ``Mixed_5b.branch1x1.conv.weight`` and the four arrays of
     ``Mixed_5b.branch1x1.bn`` become ``kernel`` and ``bias`` of ``branch1x1`` in ``Mixed_5b``. The
     batch counters, the auxiliary classifier and the classifier's bias are left out.
 
     Raises:
-      UserError: naming the first array that is missing, misshapen or too many.
+      UserError: naming the first array that is missing, misshapen or unknown.
     """
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
     params = flatten_dict(jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"])

@@ -1,4 +1,4 @@
-"""State dicts of PyTorch as NumPy arrays, without PyTorch."""
+"""PyTorch state dicts as NumPy arrays, without PyTorch."""
 
 import collections
 import io
@@ -32,8 +32,8 @@ def load_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays, read-only, of a ``.safetensors`` file or of a state dict that torch.save wrote.
 
     Both formats of torch.save are read: the zip archive, and the stream from before PyTorch 1.6.
-    Tensors that share a storage share memory here too. Nothing in the file is executed: of all
-    Python objects its pickle may name only ordered dictionaries, tensors, parameters and storages.
+    Tensors that share a storage share memory here too. Nothing in the file is executed: its pickle
+    may name only ordered dictionaries, tensors, parameters and storages.
 
     Raises:
       UserError: naming the file and what is wrong with it.
@@ -84,7 +84,7 @@ class _Tensor(NamedTuple):
 class _Unpickler(pickle.Unpickler):
     """Reads tensors as descriptions, and refuses every other global.
 
-    What it hands to the pickle cannot be changed by it: strings, tuples and bound methods.
+    The pickle gets only objects that it cannot change: strings, tuples and bound methods.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -152,7 +152,7 @@ def _tensors(state_dict: Any) -> list[_Tensor]:
 
 
 def _array(name: str, tensor: _Tensor, storages: dict[str, Any]) -> np.ndarray:
-    """A view of the storage, never a copy, so that no description can ask for much memory."""
+    """A view of the storage, never a copy, so that no description can claim much memory."""
     dtype = jnp.dtype(tensor.storage.dtype)
     storage = np.frombuffer(storages[tensor.storage.key], np.uint8).view(dtype)
     if storage.size != tensor.storage.size:

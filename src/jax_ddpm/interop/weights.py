@@ -1,4 +1,4 @@
-"""What the conversion of any network's weights takes."""
+"""Steps that converting any network's weights takes."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ def checked(
     """The arrays of ``state_dict`` in float64, if its names and shapes are exactly ``shapes``.
 
     Raises:
-      UserError: naming the first array that is missing, misshapen or too many.
+      UserError: naming the first array that is missing, misshapen or unknown.
     """
     for name in [*shapes, *state_dict]:
         expected = list(shapes[name]) if name in shapes else "absent"
@@ -36,8 +36,8 @@ def fold_batch_norm(
 ) -> dict[str, np.ndarray]:
     """A convolution and the batch norm after it as one: ``kernel`` ``[h, w, i, o]`` and ``bias``.
 
-    γ·(W∗x - μ)/√(σ² + ε) + β = (g·W)∗x + (β - g·μ) with the gain g = γ/√(σ² + ε). Computed in
-    the arguments' dtype, which should be float64, and returned in float32.
+    γ·(W∗x - μ)/√(σ² + ε) + β = (g·W)∗x + (β - g·μ) with the gain g = γ/√(σ² + ε). The arguments'
+    dtype, in which it is computed, should be float64; the result is float32.
     """
     gain = scale / np.sqrt(variance + epsilon)
     kernel = np.transpose(weight, (2, 3, 1, 0)) * gain

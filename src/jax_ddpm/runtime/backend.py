@@ -1,4 +1,4 @@
-"""What XLA is told before it starts, and the memory that it finds on a CPU."""
+"""XLA's settings before it starts, and the memory that it uses on a CPU."""
 
 import ctypes
 import hashlib
@@ -8,27 +8,28 @@ import platform
 
 _FASTER_ON_CPU = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
-# Of glibc's mallopt (malloc.h), with their values for "never", "as much as there is" and "none".
+# glibc's mallopt parameters (malloc.h), with their values for "never", "no limit" and "none".
 _M_MMAP_MAX, _NEVER = -4, 0
 _M_TRIM_THRESHOLD, _UNLIMITED = -1, -1
 _M_MXFAST, _NONE = 1, 0
 
 
 def set_flags(deterministic: bool = False) -> None:
-    """Sets XLA's flags; to be called before anything touches a device.
+    """Sets XLA's flags; call it before anything touches a device.
 
-    ``deterministic`` has GPUs use only kernels that give the same bits each time; CPUs and TPUs do
-    so anyway.
+    ``deterministic`` limits GPUs to kernels that give the same bits each time; CPUs and TPUs do so
+    anyway.
 
-    On a CPU convolutions stay with XLA's older library. With the newer one a train step of CIFAR-10
-    (batch 16) takes 1.4 times as long, one of digits 1.1 times, by jaxlib 0.10.2 on 2 cores of an
-    Intel Xeon, 2026-11-25: ``python benchmarks/train_step.py --shape=cifar10 --batch_size 16`` with
-    and without ``XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=+individual_convolution``.
+    Convolutions on a CPU stay with XLA's older library. The newer one makes a train step of
+    CIFAR-10 (batch 16) take 1.4 times as long, and one of digits 1.1 times, by jaxlib 0.10.2 on 2
+    cores of an Intel Xeon, 2026-11-25:
+    ``python benchmarks/train_step.py --shape=cifar10 --batch_size 16`` with and without
+    ``XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=+individual_convolution``.
     """
     import jaxlib
 
     flags = os.environ.get("XLA_FLAGS", "").split()
-    known = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 13)  # else XLA would refuse it
+    known = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 13)  # later ones may refuse it
     if known and not any("ynn_fusion_type" in flag for flag in flags):
         flags.append(_FASTER_ON_CPU)
     if deterministic:
@@ -37,12 +38,12 @@ def set_flags(deterministic: bool = False) -> None:
 
 
 def keep_memory() -> None:
-    """Keeps the host's memory from one step to the next; to be called before XLA starts.
+    """Keeps the host's memory from one step to the next; call it before XLA starts.
 
     XLA's CPU backend asks for all temporaries of a program at every call, and frees them after it.
-    By default glibc takes so much from the system each time, which maps and clears it page by page
-    as it is touched: a seventh of CIFAR-10's train step (batch 16, 2 cores). glibc can keep it only
-    in the heap of the main thread, so a CPU's programs run in the thread that calls them.
+    glibc by default takes that much from the system each time, which maps and clears it page by
+    page as it is touched: a seventh of CIFAR-10's train step (batch 16, 2 cores). glibc can keep it
+    only in the heap of the main thread, so a CPU's programs run in the thread that calls them.
     """
     import jax
 
@@ -51,15 +52,15 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, _NEVER)
         mallopt(_M_TRIM_THRESHOLD, _UNLIMITED)
-        # Small freed pieces are merged at once. glibc sets them aside, and goes through all of them
-        # whenever a large one is freed, which happens often while XLA loads a program.
+        # Small freed pieces are merged at once. glibc would set them aside and go through all of
+        # them whenever a large one is freed, which happens often while XLA loads a program.
         mallopt(_M_MXFAST, _NONE)
 
 
 def keep_compiled() -> None:
     """Keeps compiled programs, so that the next start of the same job compiles nothing.
 
-    They lie in ``~/.cache/jax_ddpm``, or where ``JAX_COMPILATION_CACHE_DIR`` says.
+    They lie in ``~/.cache/jax_ddpm``, or in ``JAX_COMPILATION_CACHE_DIR``.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         import jax
@@ -68,7 +69,7 @@ def keep_compiled() -> None:
 
 
 def _cache() -> pathlib.Path:
-    """One folder for each kind of CPU: a home may be shared by hosts of several kinds."""
+    """One folder for each kind of CPU, because hosts of several kinds may share a home."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     kind = sorted({line for line in lines if line.startswith(("flags", "Features"))})

@@ -1,6 +1,6 @@
-"""All devices of all processes as one mesh, and how arrays lie on it.
+"""All devices of all processes as one mesh, and the layout of arrays on it.
 
-Examples are split over all axes of the mesh: "data" and, where the train state is split as well,
+Examples are split over all axes of the mesh: "data" and, if the train state is split as well,
 "fsdp" (fully sharded data parallelism: Rajbhandari et al. 2020, Zhao et al. 2023).
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices or these, ``fsdp`` neighbours of which share each large array of the state."""
+    """A mesh of all devices or these; ``fsdp`` neighbours share each large array of the state."""
     count = jax.device_count() if devices is None else len(devices)
     axes = {"data": count // fsdp} | ({"fsdp": fsdp} if fsdp > 1 else {})
     auto = (AxisType.Auto,) * len(axes)
@@ -22,12 +22,12 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Examples, which lie along ``axis``, split over all devices."""
+    """The sharding that splits examples, which lie along ``axis``, over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
@@ -37,7 +37,7 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
 
 
 def place(tree: Any, sharding: Any) -> Any:
-    """Arrays that every process holds whole, or that lie on the devices already, laid out so.
+    """Lays out arrays that every process holds whole, or that already lie on the devices.
 
     ``sharding`` is one for all, or a tree of them (or of its upper part).
     """
@@ -60,7 +60,7 @@ def place(tree: Any, sharding: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays on the devices as NumPy, whole on every process, all of which must ask for them."""
+    """Arrays on the devices as NumPy, whole on every process; all processes must ask for them."""
 
     def local(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and not (
@@ -79,7 +79,7 @@ def _relay(array: jax.Array, sharding: NamedSharding) -> jax.Array:
 def compile_over(
     function: Callable, in_shardings: tuple[NamedSharding, ...], out_shardings: NamedSharding
 ) -> Callable:
-    """``function`` compiled for arguments laid out so, which are placed so at each call."""
+    """``function`` compiled for arguments in this layout; each call places them so."""
     compiled = jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings)
     return lambda *arguments: compiled(*place(arguments, in_shardings))
 
@@ -92,7 +92,7 @@ def own_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " rows
 
 
 def place_rows(tree: Any, sharding: NamedSharding) -> Any:
-    """Global arrays of which each process gives its ``own_rows``."""
+    """Global arrays, to which each process contributes its ``own_rows``."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)

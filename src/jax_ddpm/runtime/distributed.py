@@ -1,7 +1,7 @@
-"""Several processes as one job: how they agree, stop together and end.
+"""Several processes as one job: agreeing, stopping together and ending.
 
-All run the same program, each on its own devices. The first one decides what depends on files, and
-writes; the checkpoints alone are written by all.
+All run the same program, each on its own devices. The first process decides what depends on files,
+and writes; only checkpoints are written by all.
 """
 
 import collections
@@ -28,7 +28,7 @@ from jax_ddpm.runtime.stopping import EXIT_CODE, Poll, Stopped
 
 _POLLS_UNDER_WAY = 2
 _deciding = False
-# As XLA says it: a status and its reason.
+# XLA's form of an error: a status and its reason.
 _LOST = re.compile("[A-Z_]+: (?s:.*)(?i:gloo|nccl|connection|coordination|barrier|heartbeat)")
 
 
@@ -44,7 +44,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def own_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folder itself on the first process, on others one that vanishes afterwards."""
+    """The folder itself on the first process, a temporary one on the others."""
     if is_first():
         yield folder
     else:
@@ -53,10 +53,10 @@ def own_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
-    """What the first process decides, a value that JSON can keep, on all of them.
+    """The value that the first process decides, which JSON can keep, on all processes.
 
-    All must call this at the same place, and it returns no sooner than the first one has decided;
-    what ``decide`` calls that calls this again is of the first process alone.
+    All must call this at the same place, and it returns no sooner than the first process has
+    decided. Calls of this from within ``decide`` stay on the first process.
 
     Raises:
       UserError: on all processes, where ``decide`` raises one.
@@ -91,8 +91,8 @@ def _broadcast(message: bytes) -> bytes:
 def shared_poll(poll: Poll) -> Poll:
     """A poll that raises Stopped on all processes at once, when ``poll`` does so on one.
 
-    All must poll at the same places. Each time they reduce the number of the signal over all
-    devices, and look at what came of it the time before last, so that no device waits for this.
+    All must poll at the same places. Each poll reduces the number of the signal over all devices
+    and looks at the result from two polls before, so that no device waits for this.
     """
     if not several():
         return poll
@@ -115,7 +115,7 @@ def shared_poll(poll: Poll) -> Poll:
 
 
 def lost(error: BaseException | None) -> bool:
-    """Whether an error comes of another process having stopped."""
+    """Whether an error comes from another process having stopped."""
     if error is None or not several():
         return False
     if isinstance(error, RuntimeError | ValueError) and _LOST.match(str(error)):
@@ -125,7 +125,7 @@ def lost(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def noticing_loss() -> Iterator[None]:
-    """Makes a UserError of what comes of another process having stopped."""
+    """Turns an error that comes from another process having stopped into a UserError."""
     try:
         yield
     except Exception as error:
@@ -139,10 +139,10 @@ def noticing_loss() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """To be left by all processes together, or at once, with exit code 1, by one that fails.
+    """Leaves with all processes together, or at once with exit code 1 where one fails.
 
-    The others notice: mostly at once, as what they exchange data by fails too (``noticing_loss``),
-    else when its heartbeat is missed (``launch``), and then JAX aborts them (SIGABRT), saying so.
+    The others notice: mostly at once, because their exchange of data fails too (``noticing_loss``),
+    else when its heartbeat is missed (``launch``); JAX then aborts them (SIGABRT) with a message.
     """
     try:
         yield
@@ -168,5 +168,5 @@ def _leave(error: BaseException) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if is_first():
-        time.sleep(3)  # without its coordinator JAX ends others that may be about to say the same
+        time.sleep(3)  # JAX ends the others once their coordinator is gone; let them print first
     os._exit(1)

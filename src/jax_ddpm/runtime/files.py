@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that exist whole or not at all."""
 
 import contextlib
 import pathlib
@@ -10,10 +10,10 @@ from jax_ddpm.runtime.distributed import is_first
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields where to write, beside ``path`` and put in its place at the end, making its folder.
+    """Yields a path beside ``path`` to write to, moves it into place at the end, makes its folder.
 
-    Whoever opens ``path``, meanwhile or after a kill, finds the old file or the new one. Of several
-    processes that all write the same file, the first one's is kept.
+    A reader of ``path``, meanwhile or after a kill, finds the old file or the new one. The first
+    process's file is kept where several processes write the same file.
     """
     if not is_first():
         with tempfile.TemporaryDirectory() as scratch:

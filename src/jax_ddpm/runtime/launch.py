@@ -1,4 +1,4 @@
-"""How this process was started, and how it joins the others of its job by ``jax.distributed``."""
+"""The launcher of this process, and joining the others of its job by ``jax.distributed``."""
 
 import collections
 import os
@@ -19,13 +19,13 @@ from jax.experimental import multihost_utils
 from jax_ddpm.errors import UserError
 from jax_ddpm.runtime.distributed import is_first, several
 
-# A process that hangs, or whose host is gone, is missed after this time; JAX then ends the others.
+# A process that hangs, or whose host is gone, is missed after this time; JAX ends the others.
 _HEARTBEAT_SECONDS = 60
 _MANUAL = "--distributed=manual --coordinator=host:port --num_processes=n --process_id=i"
 
 
 class Launch(NamedTuple):
-    """What has started this process: it is one of ``tasks``, ``here`` of them on its host."""
+    """The launcher of this process, which is one of ``tasks``, ``here`` of them on its host."""
 
     launcher: str
     tasks: int
@@ -33,7 +33,7 @@ class Launch(NamedTuple):
 
 
 def launched(environ: Mapping[str, str]) -> Launch | None:
-    """What ``mpirun`` or ``srun`` says in the environment; None where neither started this."""
+    """The launch that ``mpirun`` or ``srun`` puts in the environment; None without either."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         tasks, here = (environ[f"OMPI_COMM_WORLD_{name}"] for name in ("SIZE", "LOCAL_SIZE"))
         return Launch("Open MPI", int(tasks), int(here))
@@ -45,10 +45,10 @@ def launched(environ: Mapping[str, str]) -> Launch | None:
 
 
 def one_gpu_each(environ: Mapping[str, str], tasks_here: int) -> bool:
-    """Whether a task takes the GPU of its local rank alone, and not all that it sees.
+    """Whether a task takes only the GPU of its local rank, and not all that it sees.
 
     Raises:
-      UserError: where either way a GPU would idle, or serve two tasks.
+      UserError: where a GPU would idle, or serve two tasks, either way.
     """
     files = list(pathlib.Path("/dev").glob("nvidia[0-9]*"))
     on_host = int(environ.get("SLURM_GPUS_ON_NODE") or len(files))
@@ -71,11 +71,11 @@ def join(
     process_id: int | None = None,
     patience: int = 300,
 ) -> None:
-    """Makes this process one of its job's; to be called before anything touches a device.
+    """Makes this process one of its job's; call it before anything touches a device.
 
     Args:
-      mode: "auto" asks SLURM, Open MPI or the TPU runtime who is who, "manual" is told by the
-        next three, "off" is for a process on its own.
+      mode: "auto" asks SLURM, Open MPI or the TPU runtime for the processes, "manual" takes
+        the next three arguments, "off" is for a process on its own.
       coordinator: host:port at which the first process listens.
       patience: seconds that all have to find each other.
 
@@ -94,7 +94,7 @@ def join(
         if is_first():
             print(line, file=sys.stderr, flush=True)
         else:
-            warnings.simplefilter("ignore")  # the first process gives the same
+            warnings.simplefilter("ignore")  # the first process gives the same warnings
 
 
 def _join_manually(
@@ -139,12 +139,12 @@ def _join_as_launched(mode: str, patience: int) -> None:
             f"SLURM has room for {allocated} tasks, but only this one was started: start it by "
             "srun, or with --distributed=off where one is meant"
         )
-    elif platforms.startswith("tpu"):  # so JAX sets it on a host of TPUs
+    elif platforms.startswith("tpu"):  # JAX sets it on a host of TPUs
         _initialize(patience)
 
 
 def _initialize(patience: int, **address: Any) -> None:
-    """``jax.distributed.initialize``, which ends the process where the others do not come."""
+    """``jax.distributed.initialize``; ends the process if the others do not come."""
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is StopRequest's
     watch = threading.Timer(patience, _give_up, [patience])
     watch.daemon = True
@@ -186,7 +186,7 @@ def _require_equal_shares() -> None:
 
 
 def topology() -> str:
-    """Processes, hosts and devices in a line; all processes must ask for it."""
+    """Processes, hosts and devices in a line; all processes must call this."""
     host = np.uint32(zlib.crc32(socket.gethostname().encode()))
     hosts = len(np.unique(multihost_utils.process_allgather(host)))
     kind = jax.devices()[0].device_kind

@@ -15,8 +15,8 @@ def run_ahead(
 ) -> Iterator[tuple[Item, Any]]:
     """Each item with the result of ``launch(item)``, brought to the host.
 
-    The next one is under way while the caller handles one. ``poll`` is called before each; where it
-    raises Stopped, what is under way is yielded before that passes on.
+    The next item is under way while the caller handles one. ``poll`` is called before each; if it
+    raises Stopped, the items under way are yielded first.
     """
     running: deque[tuple[Item, Any]] = deque()
     stopped = None

@@ -6,22 +6,22 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where it stopped
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from there
 
 
 class Stopped(Exception):
-    """Raised where a run polls for it, once stopping was asked for."""
+    """Raised at a poll, once stopping was asked for."""
 
 
 Poll = Callable[[], None]
 
 
 def never() -> None:
-    """The poll of whoever is never asked to stop."""
+    """The poll of a caller that is never asked to stop."""
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT only asks; a second one acts as it always did."""
+    """Makes the first SIGTERM or SIGINT a request while entered; a second one acts as usual."""
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -40,7 +40,7 @@ class StopRequest:
         self._name = signal.Signals(number).name
         self.__exit__()
         message = f"{self._name}: finishing what is under way, then saving; again to stop at once\n"
-        with contextlib.suppress(OSError):  # of a stderr that is gone, with the terminal or `tee`
+        with contextlib.suppress(OSError):  # stderr is gone, with the terminal or `tee`
             os.write(2, message.encode())  # not print: a handler may interrupt one
 
     def poll(self) -> None:

@@ -19,7 +19,7 @@ from jax_ddpm.diffusion.likelihood import variational_bound
 from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, expand, per_example_normal
 from jax_ddpm.errors import UserError
-from jax_ddpm.evaluation import parts, split_terms
+from jax_ddpm.evaluation import result_cache, split_terms
 from jax_ddpm.evaluation.bound import Bound, measure_bound, reduce_terms, write_curve
 from jax_ddpm.images import from_levels
 from jax_ddpm.inference.trained import Trained
@@ -293,7 +293,7 @@ class TestKilled:
                 raise SystemExit
 
         with monkeypatch.context() as patch:
-            patch.setattr(parts.np, "savez", half)
+            patch.setattr(result_cache.np, "savez", half)
             with pytest.raises(SystemExit):
                 measure_bound(trained, source, "heldout", SIZE, 4, tmp_path)
         assert self.stored(tmp_path) == 2

@@ -1,1 +1,1 @@
-"""What samples and models are worth: statistics of quality as pure functions over features."""
+"""Measuring models and samples: statistics as pure functions over features, and their records."""

@@ -1,4 +1,4 @@
-"""How often a classifier finds in a sample the class that was asked for."""
+"""The share of samples that a classifier assigns to the class that was asked for."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from jax_ddpm.evaluation.estimate import Proportion, proportion
 
 
 class Agreement(NamedTuple):
-    """``overall`` and ``per_class`` shares of agreement, the latter of each class requested at all;
+    """``overall`` and ``per_class`` shares of agreement, the latter for each class requested;
     ``confusion[r, p]`` counts the samples requested as class r and predicted as p."""
 
     overall: Proportion
@@ -21,9 +21,9 @@ class Agreement(NamedTuple):
 def agreement(
     requested: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], num_classes: int
 ) -> Agreement:
-    """The share of n ≥ 1 samples predicted as requested, labels being 0, …, num_classes-1.
+    """The share of n ≥ 1 samples predicted as requested, with labels 0, …, num_classes-1.
 
-    The classifier's own mistakes count against the samples, so beside it belongs the agreement of
+    The classifier's own mistakes count against the samples, so report beside it the agreement of
     the classifier with the labels of held-out images.
 
     Raises:

@@ -11,7 +11,7 @@ from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.likelihood import variational_bound
 from jax_ddpm.evaluation.estimate import Estimate
 from jax_ddpm.evaluation.finite import finite
-from jax_ddpm.evaluation.parts import Arrays
+from jax_ddpm.evaluation.result_cache import Arrays
 from jax_ddpm.evaluation.split_terms import split_terms
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream
@@ -26,8 +26,8 @@ class Bound:
     Attributes:
       total: the bound on the negative log-likelihood: rate + distortion.
       prior: L_T.
-      rate: L_T + Σ L_{t-1}, what it costs to send the first noisy state x_1.
-      distortion: L_0, what it costs to send x_0 after it.
+      rate: L_T + Σ L_{t-1}, the cost of sending the first noisy state x_1.
+      distortion: L_0, the cost of sending x_0 after it.
       steps, steps_error: means and standard errors of L_0 (at 0) and the L_{t-1}.
       rmse: root of the mean squared error of the x_0 predicted from x_t, images on 0…255.
     """
@@ -43,7 +43,7 @@ class Bound:
 
     @property
     def cumulative_rate(self) -> Float[np.ndarray, " T"]:
-        """Bits/dim received by the time that x_t is known: L_T and the terms of all later t."""
+        """Bits/dim received once x_t is known: L_T and the terms of all later t."""
         later = np.cumsum(self.steps[::-1])[::-1] - self.steps
         return self.prior.value + later
 
@@ -59,9 +59,9 @@ def measure_bound(
 ) -> Bound:
     """The bound over ``num_examples`` of the split, each exactly once.
 
-    Below the split's size they are picked at random, always the same. The noise depends on the
-    example's place in the split and t alone, so the same parameters give the same number whatever
-    the batches and devices; a class-conditional model is given the labels.
+    Fewer than the split's size are picked at random, always the same. The noise depends only on the
+    example's place in the split and t, so the same parameters give the same number whatever the
+    batches and devices. A class-conditional model gets the labels.
     """
     model = trained.model
     count = min(num_examples, source.spec.split_sizes[split])
@@ -113,7 +113,7 @@ def reduce_terms(parts: Iterable[Arrays], count: int) -> Bound:
         rate = prior + steps[:, 1:].sum(axis=1)
         bits = np.column_stack([rate + steps[:, 0], prior, rate, steps]) / np.log(2)
         rows = np.column_stack([bits, x0_mse])
-        # Squares about the mean (Chan et al. 1983), which lose nothing where it is large.
+        # Squares about the mean (Chan et al. 1983) lose nothing where the mean is large.
         share = len(rows) / (seen + len(rows))
         apart = rows.mean(axis=0) - mean
         squares = squares + len(rows) * rows.var(axis=0) + seen * share * apart**2
@@ -135,10 +135,10 @@ def reduce_terms(parts: Iterable[Arrays], count: int) -> Bound:
 
 
 def write_curve(bound: Bound, stem: pathlib.Path) -> None:
-    """The rate–distortion curve as ``<stem>.csv`` and as a plot, ``<stem>.png``.
+    """Writes the rate–distortion curve as ``<stem>.csv`` and as a plot, ``<stem>.png``.
 
-    One row for each t, the noisiest first: the term of t with its standard error, the bits/dim
-    received by the time that x_t is known, and the RMSE of the x_0 predicted from it.
+    Each t has one row, the noisiest first: the term of t with its standard error, the bits/dim
+    received once x_t is known, and the RMSE of the x_0 predicted from it.
     """
     import csv
 

@@ -21,13 +21,13 @@ from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
 
-_CANDIDATES = 256  # among which to find two of a class
+_CANDIDATES = 256  # images among which to find two of a class
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sender:
-    """A denoiser that knows x_0: with it the ancestral sampler draws x_s ~ q(x_s | x_t, x_0)."""
+    """A denoiser that knows x_0: the ancestral sampler draws x_s ~ q(x_s | x_t, x_0) with it."""
 
     x0: Array
     process: Process = dataclasses.field(metadata={"static": True})
@@ -49,7 +49,7 @@ def progressive_decoding(
     key: jax.Array,
     conditioning: Conditioning,
 ) -> tuple[Float[Array, "k batch *shape"], Float[Array, "k batch *shape"]]:
-    """What a receiver holds at decreasing times, x_t, and the x_0 predicted from it.
+    """x_t as a receiver holds it at decreasing times, and the x_0 predicted from it.
 
     The x_t are one trajectory of the forward process, sent from the noisiest on, each through
     q(x_s | x_t, x_0) given the one before (Ho et al. 2020, algorithms 3 and 4).
@@ -74,8 +74,8 @@ def decoding_picture(
 ) -> Float[np.ndarray, "n h w c"]:
     """Images at twelve moments of their transmission, evenly spaced in t, as rows of thirteen.
 
-    For each image a row of x_t and below it one of the x_0 predicted; the image itself comes last.
-    A chain shorter than that is shown at all of its moments.
+    Each image has a row of x_t and below it one of the x_0 predicted; the image itself comes last.
+    A shorter chain is shown at all of its moments.
     """
     model, last = trained.model, trained.model.chain.num_timesteps - 1
     times = np.unique(np.round(np.linspace(0, last, 12)))[::-1]
@@ -94,9 +94,9 @@ def decoding_picture(
 def interpolation_picture(
     trained: Trained, pair: Float[Array, "2 h w c"], label: int
 ) -> Float[np.ndarray, "n h w c"]:
-    """Two images mixed in x_t, coarse to fine: in four rows t = T, ¾T, ½T, ¼T.
+    """Two images mixed in x_t, from coarse to fine: in four rows t = T, ¾T, ½T, ¼T.
 
-    A row of nine goes from one to the other; at its ends are their own reconstructions.
+    A row of nine goes from one to the other, with their own reconstructions at its ends.
     """
     model, num_timesteps = trained.model, trained.model.chain.num_timesteps
     weights = jnp.linspace(0, 1, 9)
@@ -116,9 +116,9 @@ def interpolation_picture(
 
 
 def draw_coding(trained: Trained, source: Source, split: str, stem: pathlib.Path) -> None:
-    """Both pictures, as ``<stem>_decoding.png`` and ``<stem>_interpolation.png``.
+    """Writes both pictures, as ``<stem>_decoding.png`` and ``<stem>_interpolation.png``.
 
-    Four images of the split are decoded; two, of one class if there are classes, are mixed.
+    Four images of the split are decoded; two are mixed, of one class if there are classes.
     """
     size = source.spec.split_sizes[split]
     batch = source.batch(split, batch_indices(0, 0, size, size)[:_CANDIDATES])

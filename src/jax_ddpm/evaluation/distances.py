@@ -24,8 +24,8 @@ def squared_distances(
 ) -> Iterator[tuple[slice, Float64[np.ndarray, "rows n"]]]:
     """‖x_i - y_j‖² for ``block`` rows i at a time and all j, with the slice of these rows.
 
-    Computed as ‖x_i‖² + ‖y_j‖² - 2·x_i·y_j and never below 0; cancellation takes least where the
-    points lie around 0, so centre them first. Costs 2·m·n·d operations, in 8·block·n bytes a few
+    It is computed as ‖x_i‖² + ‖y_j‖² - 2·x_i·y_j and never below 0. Centre the points around 0
+    first, where cancellation loses least. The cost is 2·m·n·d operations, in 8·block·n bytes a few
     times over.
     """
     x_squared, y_squared = np.sum(x**2, axis=1), np.sum(y**2, axis=1)
@@ -35,10 +35,10 @@ def squared_distances(
 
 
 def nearest(x: Float[np.ndarray, "m d"], y: Float[np.ndarray, "n d"], block: int = 256) -> Nearest:
-    """The nearest y_j of each x_i in Euclidean distance, in float64; among equals any one.
+    """The nearest y_j of each x_i in Euclidean distance, in float64; any one among equals.
 
-    The distance of the pair found is taken anew from its difference, so that a copy is at exactly
-    0. Both sets are to be finite. Cost and memory as ``squared_distances``.
+    The distance of the pair found is recomputed from its difference, so that a copy is at exactly
+    0. Both sets must be finite. Cost and memory are those of ``squared_distances``.
     """
     origin = y.mean(axis=0, dtype=np.float64)
     x, y = x - origin, y - origin

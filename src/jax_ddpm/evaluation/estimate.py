@@ -28,8 +28,8 @@ class Proportion(NamedTuple):
 def jackknife_error(*deleted: Float[np.ndarray, "_"]) -> float:
     """The standard error of a statistic of independent samples, each of its own distribution.
 
-    ``deleted`` holds, for each sample of size n, the n values θ_(-i) that the statistic takes with
-    its element i left out. The variances add up (Efron & Stein 1981; Arvesen 1969):
+    ``deleted`` holds, for each sample of size n, the n values θ_(-i) of the statistic without its
+    element i. The variances add up (Efron & Stein 1981; Arvesen 1969):
 
         σ² = Σ_samples (n-1)/n·Σ_i (θ_(-i) - mean θ_(-i))².
     """
@@ -40,7 +40,7 @@ def proportion(successes: int, count: int) -> Proportion:
     """k successes in n > 0 trials, with the 95 % score interval (Wilson 1927).
 
     Its ends are the shares p at which k lies z = 1.96 standard deviations from its mean,
-    |k - n·p| = z·√(n·p·(1-p)): never outside [0, 1], and of use for k = 0 and k = n too.
+    |k - n·p| = z·√(n·p·(1-p)). They are never outside [0, 1], and useful for k = 0 and k = n too.
     """
 
     def lower(k: int) -> float:

@@ -27,10 +27,10 @@ def evaluate(
     out: pathlib.Path | None = None,
     poll: Poll = never,
 ) -> tuple[pathlib.Path, str]:
-    """Measures, and writes one record: ``out``, or a file in ``folder`` named after what it is.
+    """Measures, and writes one record: ``out``, or a file in ``folder`` named after its content.
 
-    Curves and pictures lie beside it. Returns its path and a table of the results. What was
-    computed stays in the cache, so that an evaluation that is killed goes on where it was.
+    Curves and pictures lie beside it. Returns its path and a table of the results. Finished parts
+    stay in the cache, so that a killed evaluation goes on from there.
 
     Raises:
       UserError: where this cannot be measured so.
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def _check(what: Evaluation, metrics: list[str]) -> None:
-    """Raises UserError for what is asked in vain, before anything is computed."""
+    """Raises UserError for a request that cannot be met, before anything is computed."""
     known = ("bpd", "nll", "coding", *METRICS)
     for name in metrics:
         if name not in known:
@@ -111,14 +111,14 @@ def _nll(what: Evaluation, poll: Poll) -> dict[str, Any]:
 
 
 def _model_and_data(what: Evaluation) -> tuple[Trained, Source, int]:
-    """What a likelihood is of, and the number of examples."""
+    """The model and the data of a likelihood, and the number of examples."""
     assert what.source is not None
     size = what.source.spec.split_sizes[what.split]
     return what.model(), what.source, min(what.num_examples or size, size)
 
 
 def _of_examples(what: Evaluation, count: int) -> dict[str, Any]:
-    """The protocol of a likelihood as far as all share it."""
+    """The protocol of a likelihood, as far as all likelihoods share it."""
     trained, source, _ = _model_and_data(what)
     return {
         "data": source.spec.identity,
@@ -130,7 +130,7 @@ def _of_examples(what: Evaluation, count: int) -> dict[str, Any]:
 
 
 def _subject(what: Evaluation) -> dict[str, Any]:
-    """What was measured."""
+    """The subject of the record: the model or the images measured."""
     if what.trained is None or what.samples is not None:
         assert what.samples is not None
         return {"images": what.samples.name} | file_set(what.samples).identity

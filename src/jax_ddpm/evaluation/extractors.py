@@ -1,4 +1,4 @@
-"""The networks whose features samples are measured by."""
+"""The networks whose features measure samples."""
 
 import hashlib
 import pathlib
@@ -16,8 +16,8 @@ from jax_ddpm.interop.torch_file import load_state_dict
 def make_extractor(choice: str | None, image_shape: tuple[int, int, int]) -> Extractor:
     """The extractor that ``--extractor`` names.
 
-    A file is Inception's weights, a folder the run of a classifier. By default colour images are
-    measured by EfficientNet-Lite0; gray ones need a classifier of their own data.
+    A file is Inception's weights, a folder the run of a classifier. EfficientNet-Lite0 measures
+    colour images by default; gray ones need a classifier of their own data.
 
     Raises:
       UserError: where there is no such extractor, or it does not take these images.
@@ -69,7 +69,7 @@ def efficientnet_lite0() -> Extractor:
 
 
 def classifier(workdir: pathlib.Path, image_shape: tuple[int, int, int]) -> Extractor:
-    """The classifier of a run of ours; its logits are those of the data's own classes.
+    """The classifier of one of our runs; its logits are those of the data's own classes.
 
     Raises:
       UserError: where there is none, or it was trained on images of another size.

@@ -13,7 +13,7 @@ from jax_ddpm.data.plan import padded_batches
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.frechet import Moments, MomentSums
 from jax_ddpm.evaluation.image_sets import ImageSet
-from jax_ddpm.evaluation.parts import Arrays, Parts
+from jax_ddpm.evaluation.result_cache import Arrays, ResultCache
 from jax_ddpm.runtime.devices import compile_over, make_mesh, place, round_up, split, whole
 from jax_ddpm.runtime.pipeline import run_ahead
 from jax_ddpm.runtime.stopping import Poll, never
@@ -23,10 +23,10 @@ class Extractor(NamedTuple):
     """A network that measures images.
 
     Attributes:
-      name: the results carry it, such as "inception".
+      name: such as "inception"; the results carry it.
       apply: ``(params, images uint8 [b, h, w, c]) → (features [b, d], logits [b, k])``, float32.
-      record: what decides its output, as JSON: the weights' hash, how images are resized.
-      accuracy: how well it knows its own classes, as JSON, where that was measured.
+      record: all that decides its output, as JSON: the weights' hash, how images are resized.
+      accuracy: its accuracy on its own classes, as JSON, where that was measured.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Extractor(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What an extractor says of n images."""
+    """An extractor's output for n images."""
 
     features: Float32[np.ndarray, "n d"]
     logits: Float32[np.ndarray, "n k"]
@@ -52,7 +52,7 @@ class FeatureSet:
     batches: Callable[[], Iterator[Features]]
 
     def moments(self) -> Moments:
-        """Mean and covariance, of which memory holds one batch at a time."""
+        """Mean and covariance; memory holds one batch at a time."""
         sums: MomentSums | None = None
         for batch in self.batches():
             sums = sums or MomentSums(batch.features.shape[1])
@@ -61,7 +61,7 @@ class FeatureSet:
         return sums.moments()
 
     def everything(self) -> Features:
-        """All at once."""
+        """All features and logits at once."""
         return Features(*map(np.concatenate, zip(*self.batches(), strict=True)))
 
     def pixels(self) -> Float32[np.ndarray, "n d"]:
@@ -79,7 +79,7 @@ def extract(
 ) -> FeatureSet:
     """The features of the first ``count`` images, at full matmul precision.
 
-    Each image passes exactly once, over all devices; what the cache holds is not computed again.
+    Each image passes exactly once, over all devices; results in the cache are not computed again.
 
     Raises:
       UserError: where there are fewer images.
@@ -93,7 +93,7 @@ def extract(
     params = place(extractor.params, whole(mesh))
 
     def launch(part: int) -> tuple[Any, Any]:
-        # On GPUs and TPUs float32 products are rounded to 10 or 7 bits unless asked otherwise.
+        # GPUs and TPUs round float32 products to 10 or 7 bits unless asked otherwise.
         with jax.default_matmul_precision("highest"):
             return apply(params, images.read(batches[part][0]))
 
@@ -107,10 +107,10 @@ def extract(
         "extractor": extractor.record,
         "images": images.identity,
         "batch_size": batch_size,
-        # A set that grows fills its last batch only then.
+        # A set that grows fills its last batch only then, so the end is part of the identity.
         "ends_at": images.count if images.count % batch_size else None,
     }
-    parts = Parts(cache, identity)
+    parts = ResultCache(cache, identity)
     parts.complete(len(batches), compute, f"{extractor.name} features")
 
     def stored() -> Iterator[Features]:

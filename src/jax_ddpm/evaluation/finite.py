@@ -1,4 +1,4 @@
-"""The gate through which every array of the measurements passes."""
+"""The check that every measured array passes."""
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -12,7 +12,7 @@ def finite(
     """``values`` in float64.
 
     Raises:
-      UserError: where some are not finite, with their number: they are never replaced.
+      UserError: where some are not finite, with their number; they are never replaced.
     """
     bad = np.count_nonzero(~np.isfinite(values))
     if bad:

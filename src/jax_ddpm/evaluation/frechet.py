@@ -1,8 +1,8 @@
 """The Fréchet distance between Gaussians fitted to two sets of features (FID).
 
-Of Inception features it is the Fréchet inception distance (Heusel et al. 2017). Its estimate is
+It is the Fréchet inception distance over Inception features (Heusel et al. 2017). Its estimate is
 biased upwards, by an amount that falls as 1/N and depends on the model, so that only values at the
-same N compare and N belongs beside every value (Bińkowski et al. 2018).
+same N compare. Report N beside every value (Bińkowski et al. 2018).
 """
 
 from typing import NamedTuple
@@ -23,13 +23,13 @@ class Moments(NamedTuple):
 
 
 class MomentSums:
-    """The moments of features that arrive in batches, which are not kept.
+    """The moments of features that arrive in batches and are not kept.
 
     A batch of m with mean x̄ joins the n before it, of mean μ and scatter S (Chan et al. 1983):
 
         S ← S + Σ (x_i - x̄)(x_i - x̄)ᵀ + n·m/(n+m)·δδᵀ,   μ ← μ + m/(n+m)·δ,   δ = x̄ - μ.
 
-    Every term is of the size of the spread, however far from 0 the features lie. Float64.
+    Every term is of the size of the spread, however far the features lie from 0. Sums are float64.
     """
 
     def __init__(self, width: int):
@@ -38,7 +38,7 @@ class MomentSums:
         self._scatter = np.zeros((width, width))
 
     def add(self, features: Float[np.ndarray, "m d"]) -> None:
-        """Takes in a batch of one or more.
+        """Adds a batch of one or more.
 
         Raises:
           UserError: where a feature is not finite.
@@ -77,9 +77,9 @@ def moments(features: Float[np.ndarray, "n d"]) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2·(Σ_a·Σ_b)^{1/2}), the squared W₂ distance of the Gaussians.
 
-    Dowson & Landau 1982. Σ_a·Σ_b has the eigenvalues of the symmetric Σ_a^{1/2}·Σ_b·Σ_a^{1/2}, so
-    two symmetric eigendecompositions give the trace of the root; directions in which Σ_a is 0 up to
-    round-off are left out of the second.
+    See Dowson & Landau 1982. Σ_a·Σ_b has the eigenvalues of the symmetric Σ_a^{1/2}·Σ_b·Σ_a^{1/2},
+    so two symmetric eigendecompositions give the trace of the root. The second leaves out
+    directions in which Σ_a is 0 up to round-off.
 
     Raises:
       UserError: where the moments differ in width, hold values that are not finite, come from no
@@ -87,7 +87,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     _check(a, b)
     variances, directions = np.linalg.eigh(a.covariance)
-    # Largest first: of a matrix graded that way the solver finds small eigenvalues accurately too.
+    # The solver finds small eigenvalues accurately too if a matrix is graded, largest first.
     variances, directions = variances[::-1], directions[:, ::-1]
     kept = variances > len(variances) * np.finfo(np.float64).eps * variances[0]
     root = directions[:, kept] * np.sqrt(variances[kept])

@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt8
 from jax_ddpm.data.given import given_arrays, given_folder
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
-from jax_ddpm.evaluation.parts import Arrays, Parts
+from jax_ddpm.evaluation.result_cache import Arrays, ResultCache
 from jax_ddpm.images import from_levels, to_uint8
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.stopping import Poll, never
@@ -73,7 +73,7 @@ def sample_set(
         "seed": seed,
         "batch_size": size,
     }
-    parts = Parts(cache, identity)
+    parts = ResultCache(cache, identity)
     parts.complete(num_parts, compute, f"samples of seed {seed}")
     load = lru_cache(maxsize=2)(lambda part: parts.load(int(part))["images"])
 

@@ -20,8 +20,8 @@ def inception_score(logits: Float[np.ndarray, "n classes"], splits: int = 10) ->
     """Mean and std over ``splits`` consecutive parts of exp E_x KL(p(y|x) ‖ p(y)).
 
     p(y|x) is the softmax of a classifier's logits, p(y) its mean over the part. The score lies
-    between 1 and the number of classes, grows with the size of the parts, and sees the samples
-    only, no data.
+    between 1 and the number of classes, grows with the size of the parts, and sees only the
+    samples, no data.
 
     Raises:
       UserError: where a logit is not finite or n < splits.

@@ -1,6 +1,6 @@
 """The kernel distance between two sets of features (KID, Bińkowski et al. 2018).
 
-Unlike the Fréchet distance it is unbiased at every number of samples, and assumes no Gaussians.
+It is unbiased at every number of samples and assumes no Gaussians, unlike the Fréchet distance.
 """
 
 import numpy as np
@@ -28,11 +28,11 @@ def kernel_distance(
         Σ_{i≠j} k(x_i, x_j)/(m(m-1)) + Σ_{i≠j} k(y_i, y_j)/(n(n-1)) - 2·Σ_{ij} k(x_i, y_j)/(mn)
 
     It may be negative: its mean is 0 where the distributions are the same. The standard error is
-    the delete-one jackknife over both sets; where they are (nearly) the same it is too large, by √2
-    at most for large sets, because there the statistic has no linear part.
+    the delete-one jackknife over both sets. It is too large where they are (nearly) the same, by √2
+    at most for large sets, because the statistic has no linear part there.
 
-    The kernel is summed over ``block`` rows at a time, 2·d·(m² + mn + n²) float64 operations in
-    all, in 8·block·max(m, n) bytes a few times over beside the features.
+    The kernel is summed over ``block`` rows at a time, in 2·d·(m² + mn + n²) float64 operations,
+    with 8·block·max(m, n) bytes a few times over beside the features.
 
     Raises:
       UserError: where a feature is not finite or a set has fewer than 3 vectors.
@@ -50,7 +50,7 @@ def kernel_distance(
         return sums.sum() / (len(sums) * (len(sums) - 1))
 
     def without_each(within: np.ndarray, across: np.ndarray, others: int) -> np.ndarray:
-        # Leaving out element i takes k(i, j) and k(j, i) from the sum over pairs of its own set.
+        # Leaving out element i removes k(i, j) and k(j, i) from the sum over pairs of its own set.
         n = len(within)
         own = (within.sum() - 2 * within) / ((n - 1) * (n - 2))
         return own - 2 * (across.sum() - across) / ((n - 1) * others)

@@ -1,7 +1,7 @@
-"""Fidelity and diversity apart: how much of each set lies within the other's neighbourhoods.
+"""Fidelity and diversity apart: the part of each set within the other's neighbourhoods.
 
 The neighbourhood of a point is the closed ball that reaches to its k-th nearest neighbour in its
-own set, itself not counted.
+own set, not counting itself.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,11 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.distances import squared_distances
 from jax_ddpm.evaluation.finite import finite
 
-_ROUND_OFF = 1e-12  # of float64 sums over thousands of features, relative
+_ROUND_OFF = 1e-12  # relative, of float64 sums over thousands of features
 
 
 class Manifold(NamedTuple):
-    """All in [0, 1] except density, which is 1 in the mean for equal distributions and can exceed
-    it."""
+    """All in [0, 1] except density, whose mean is 1 for equal distributions and can be exceeded."""
 
     precision: float
     recall: float
@@ -36,9 +35,9 @@ def precision_recall_density_coverage(
         density    the mean number of real neighbourhoods that a fake point lies in, over k
         coverage   the share of real points whose neighbourhood holds some fake point
 
-    Kynkäänniemi et al. 2019 for the first two, Naeem et al. 2020 for the others. All depend on the
-    numbers of points and on k. Points at the very edge are inside, up to round-off. Costs
-    2·d·(n² + nm + m²) float64 operations; memory as ``squared_distances``.
+    The first two are from Kynkäänniemi et al. 2019, the others from Naeem et al. 2020. All depend
+    on the numbers of points and on k. Points at the very edge are inside, up to round-off. The cost
+    is 2·d·(n² + nm + m²) float64 operations, with the memory of ``squared_distances``.
 
     Raises:
       UserError: where a feature is not finite or a set has no more than k points.
@@ -69,7 +68,7 @@ def precision_recall_density_coverage(
 
 
 def _squared_radii(x: np.ndarray, k: int, block: int) -> Float64[np.ndarray, " n"]:
-    """The squared distance from each point to its k-th nearest other point, and round-off."""
+    """The squared distance from each point to its k-th nearest other point, plus round-off."""
     radii = np.empty(len(x))
     for rows, squared in squared_distances(x, x, block):
         np.fill_diagonal(squared[:, rows], np.inf)

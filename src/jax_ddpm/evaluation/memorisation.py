@@ -1,7 +1,7 @@
 """Whether samples lie closer to the training images than new images do.
 
-A test of data copying after Meehan et al. 2020, by distances to the nearest training image in some
-feature space (or of flattened pixels). Held-out images say how close new ones lie.
+This is a test of data copying after Meehan et al. 2020, by distances to the nearest training image
+in some feature space (or of flattened pixels). Held-out images show how close new images lie.
 """
 
 from typing import NamedTuple
@@ -19,13 +19,13 @@ class Memorisation(NamedTuple):
     """Distances to the nearest training image, of samples and of held-out images.
 
     Attributes:
-      closer_share: P(d_sample < d_heldout) + ½·P(d_sample = d_heldout). ½ for samples that copy no
-        more than new data would, 1 for copies, 0 for samples far from all data.
+      closer_share: P(d_sample < d_heldout) + ½·P(d_sample = d_heldout). It is ½ for samples that
+        copy no more than new data would, 1 for copies, 0 for samples far from all data.
       closest_percent_share: the share of samples closer to a training image than the closest 1 % of
         the held-out images; 0.01 without copying.
       nearest_index: the training image nearest to each sample.
       sample_median: the median of the samples' distances, in units of the features.
-      heldout_median: that of the held-out images' distances.
+      heldout_median: the median of the held-out images' distances.
     """
 
     closer_share: Estimate
@@ -70,7 +70,7 @@ def closer_share(
 ) -> Estimate:
     """P(d_sample < d_heldout) + ½·P(d_sample = d_heldout) over all pairs of two sets of distances.
 
-    That is the Mann-Whitney statistic U over the number of pairs. Its standard error, from the
+    This is the Mann-Whitney statistic U over the number of pairs. Its standard error, from the
     jackknife over both sets, is DeLong et al.'s (1988); it is 0 where the sets do not overlap.
     """
     of_samples = 1 - _share_below(heldout, sample)
@@ -88,8 +88,8 @@ def closest_percent_share(
 ) -> Proportion:
     """The share of samples with d_sample < τ, the ⌈h/100⌉-th smallest of h held-out distances.
 
-    Where samples and held-out images are of one distribution it is ⌈h/100⌉/(h+1) in the mean. The
-    interval counts the chance in the samples, not that in τ: it needs many held-out images.
+    Its mean is ⌈h/100⌉/(h+1) for samples and held-out images of one distribution. The interval
+    counts the chance in the samples, not that in τ, so it needs many held-out images.
     """
     rank = -(-len(heldout) // 100)
     threshold = np.partition(heldout, rank - 1)[rank - 1]
@@ -97,7 +97,7 @@ def closest_percent_share(
 
 
 def _share_below(population: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """For each value, the share of the population below it, ties counted half."""
+    """The share of the population below each value, with ties counted half."""
     population = np.sort(population)
     below, up_to = (population.searchsorted(values, side) for side in ("left", "right"))
     return (below + up_to) / (2 * len(population))

@@ -1,4 +1,4 @@
-"""Sample quality: what each metric makes of the features of samples and of real images."""
+"""Sample quality: each metric over the features of samples and of real images."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,14 +17,14 @@ from jax_ddpm.evaluation.memorisation import memorisation
 from jax_ddpm.evaluation.reference import Reference
 
 SPLITS, NEIGHBOURS = 10, 5
-Result = dict[str, Any]  # "value", and what belongs beside it
+Result = dict[str, Any]  # "value", and its details
 
 
 class Protocol(NamedTuple):
-    """What samples are measured against, and through which network.
+    """The reference of a measurement, and its network.
 
-    ``reference`` is None where no metric needs one, ``heldout``, real images that training did not
-    see, where memorisation is not asked for or they are not known.
+    ``reference`` is None where no metric needs one. ``heldout``, real images that training did not
+    see, is None where memorisation is not asked for or they are not known.
     """
 
     extractor: Extractor
@@ -41,7 +41,7 @@ class Protocol(NamedTuple):
 def check_possible(
     metrics: list[str], protocol: Protocol, num_images: int, has_labels: bool
 ) -> None:
-    """Checks that so many images can be measured so, before they are sampled.
+    """Checks that so many images can be measured in this way, before they are sampled.
 
     Raises:
       UserError: where a metric lacks what it needs.
@@ -131,7 +131,7 @@ def _agreement(samples: FeatureSet, protocol: Protocol) -> dict[str, Result]:
 
 class Metric(NamedTuple):
     """``measure``: samples → results by name; ``settings``: what else decides them; ``least``: the
-    number of samples that it takes."""
+    smallest number of samples."""
 
     measure: Callable[[FeatureSet, Protocol], dict[str, Result]]
     settings: dict[str, Any]
@@ -153,7 +153,7 @@ METRICS = {
 def combine(per_seed: list[Result]) -> Result:
     """One result of several seeds: mean and standard deviation of the values.
 
-    The shares of trials are pooled, and their interval with them.
+    Shares of trials are pooled, and their interval with them.
     """
     if len(per_seed) == 1:
         return per_seed[0]
@@ -167,6 +167,6 @@ def combine(per_seed: list[Result]) -> Result:
 
 
 def _named(inception_name: str, other_name: str, protocol: Protocol) -> str:
-    """Only over Inception's features does a metric bear the name it was defined with."""
+    """A metric bears the name it was defined with only over Inception's features."""
     extractor = protocol.extractor.name
     return inception_name if extractor == "inception" else f"{other_name}/{extractor}"

@@ -14,7 +14,7 @@ from jax_ddpm.keys import Stream
 from jax_ddpm.runtime.stopping import Poll, never
 
 _TOLERANCE = 1e-5  # relative and absolute, as in Song et al.
-# What two values must agree in besides the data.
+# The settings, besides the data, that two values must share to compare.
 SETTINGS = {"divergence": "hutchinson", "draws": 1, "rtol": _TOLERANCE, "atol": _TOLERANCE}
 
 
@@ -29,9 +29,9 @@ def measure_nll(
 ) -> Estimate:
     """The negative log-likelihood of ``num_examples`` of the split, each exactly once, in bits/dim.
 
-    It is bounded from above by uniform dequantisation, with one draw of it and one probe of the
-    divergence per example; see ``dequantised_nll``. The standard error holds both as well as the
-    choice of examples, which are those that ``measure_bound`` takes. Predictions are not clipped.
+    Uniform dequantisation bounds it from above, with one draw of it and one probe of the divergence
+    per example; see ``dequantised_nll``. The standard error covers both as well as the choice of
+    examples, which are those that ``measure_bound`` takes. Predictions are not clipped.
 
     Raises:
       UserError: where a likelihood is not finite.

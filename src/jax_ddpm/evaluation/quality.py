@@ -1,4 +1,4 @@
-"""Measures sets of samples against real images, all in one way."""
+"""Measuring sets of samples against real images, all in one way."""
 
 import dataclasses
 import pathlib
@@ -21,17 +21,17 @@ from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.stopping import Poll, never
 
 _ROWS, _COLUMNS = 2, 10  # of pairs in the picture of nearest images, at most
-NOISE_LEVELS = (8, 32)  # of the calibration, standard deviations on 0…255
-# Writes a picture or curve beside the record, given the path that its name begins with.
+NOISE_LEVELS = (8, 32)  # of the calibration: standard deviations on 0…255
+# Writes a picture or curve beside the record, given the beginning of its path.
 Drawing = Callable[[pathlib.Path], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What to measure.
+    """The subject and the settings of a measurement.
 
     Attributes:
-      cache: folder of what was computed before: samples, features, terms of the bound.
+      cache: folder of earlier results: samples, features, terms of the bound.
       trained: the model; None to measure images in files.
       source: real data; None where ``reference`` is in files too.
       samples: a folder or ``.npz`` of images to measure in place of samples of the model.
@@ -59,7 +59,7 @@ class Evaluation:
     batch_size: int = 64
 
     def model(self) -> Trained:
-        """The model, where there is one."""
+        """The model, which must be there."""
         assert self.trained is not None
         return self.trained
 
@@ -69,8 +69,8 @@ def measure_quality(
 ) -> tuple[dict[str, Any], list[Drawing]]:
     """The parts of a record, and pictures.
 
-    They are ``measured``, results of the samples by name, each with its protocol; ``calibration``,
-    those of real images; ``extractor_accuracy``.
+    The parts are ``measured``, the results of the samples by name, each with its protocol;
+    ``calibration``, those of real images; ``extractor_accuracy``.
 
     Raises:
       UserError: where these images cannot be measured so.
@@ -82,7 +82,7 @@ def measure_quality(
     def features(images: ImageSet, count: int) -> FeatureSet:
         if images.shape() != shape:
             raise UserError(
-                f"samples are {_told(shape)}, real images {_told(images.shape())}: bring both to "
+                f"samples are {_text(shape)}, real images {_text(images.shape())}: bring both to "
                 "one size"
             )
         return extract(extractor, images, count, what.batch_size, what.cache, poll)
@@ -122,7 +122,7 @@ def _protocol(
     extractor: Extractor,
     features: Callable[[ImageSet, int], FeatureSet],
 ) -> Protocol:
-    """With the real images that these metrics need."""
+    """The protocol with the real images that these metrics need."""
 
     def all_features(split: str) -> FeatureSet:
         images = _real_set(what, split)
@@ -143,7 +143,7 @@ def _protocol(
 def _conditions(
     protocol: Protocol, metric: str, shape: tuple[int, int, int], count: int
 ) -> dict[str, Any]:
-    """What must agree for two values of a metric to compare, as JSON."""
+    """The conditions that two comparable values of a metric share, as JSON."""
     conditions = {
         "image_shape": list(shape),
         "num_images": count,
@@ -161,7 +161,7 @@ def _measure(metric: str, seeds: list[FeatureSet], protocol: Protocol) -> dict[s
 
 
 def _sample_sets(what: Evaluation, poll: Poll) -> list[ImageSet]:
-    """Samples of each seed."""
+    """The samples of each seed."""
     assert what.num_samples is not None
     return [
         sample_set(what.model(), seed, what.num_samples, what.batch_size, what.cache, poll)
@@ -180,7 +180,7 @@ def _calibration_sets(what: Evaluation, count: int) -> dict[str, ImageSet]:
     """Real images that are not the reference, as they are and with noise.
 
     Raises:
-      UserError: where there are fewer than samples.
+      UserError: where there are fewer real images than samples.
     """
     split = "train" if what.reference == "heldout" else "heldout"
     real = _real_set(what, split)
@@ -207,5 +207,5 @@ def _draw_nearest(samples: FeatureSet, protocol: Protocol, stem: pathlib.Path) -
     pictures.save_png(path, pictures.grid(np.concatenate(rows), columns))
 
 
-def _told(shape: tuple[int, ...]) -> str:
+def _text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))

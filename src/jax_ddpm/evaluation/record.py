@@ -1,4 +1,4 @@
-"""Result records: what was measured, of what, how, and where; and their comparison."""
+"""Result records: what was measured, of what, how and where; and their comparison."""
 
 import json
 import pathlib
@@ -20,9 +20,9 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "pillow")
 
 
 def provenance(seconds: float) -> dict[str, Any]:
-    """Where a result came from: command, code, packages, device.
+    """The origin of a result: command, code, packages, device.
 
-    ``seconds`` are those of this command; what the cache held took time before.
+    ``seconds`` are those of this command; cached results took time before.
     """
     device = jax.devices()[0]
     return {
@@ -62,10 +62,10 @@ def load_record(path: pathlib.Path) -> dict[str, Any]:
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> str:
-    """The results of two records side by side, and in what their subjects differ.
+    """The results of two records side by side, and the differences between their subjects.
 
     Raises:
-      UserError: naming the field, where a measurement was made otherwise in one than in the other.
+      UserError: naming the field, where the two measured something differently.
     """
     records = load_record(first), load_record(second)
     shared = [name for name in records[0]["measured"] if name in records[1]["measured"]]
@@ -112,7 +112,7 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _shown(result: dict[str, Any]) -> str:
-    """A value ± what is known of its error."""
+    """A value ± the known part of its error."""
     text = f"{result['value']:.5g}"
     if "low" in result:
         return f"{text} ({result['low']:.4f} to {result['high']:.4f})"
@@ -131,7 +131,7 @@ def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit of the code and whether it was changed since; None outside a checkout."""
+    """The commit of the code and whether it has changed since; None outside a checkout."""
 
     here = pathlib.Path(__file__)
 
@@ -140,8 +140,8 @@ def _git() -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # not whatever checkout surrounds a venv
-        # As ``git describe --dirty`` has it: new files, such as results, do not count.
+        git("ls-files", "--error-unmatch", here.name)  # not any checkout around a venv
+        # New files, such as results, do not count, as in ``git describe --dirty``.
         changed = git("status", "--porcelain", "--untracked-files=no")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
@@ -149,7 +149,7 @@ def _git() -> dict[str, Any] | None:
 
 
 def _processor() -> str:
-    """The model of the CPU, where Linux tells it."""
+    """The model of the CPU, where Linux names it."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What samples are compared with: a set of images, or the moments of their features in a file."""
+"""The reference of samples: a set of images, or the moments of their features in a file."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ class Reference(NamedTuple):
     """Real data, as an extractor sees it.
 
     Attributes:
-      record: what it is, as JSON.
+      record: its description, as JSON.
       moments: of the features.
       real: images and features; None where only the moments are known, from a file.
     """
@@ -28,7 +28,7 @@ class Reference(NamedTuple):
 
 
 def reference_of(real: FeatureSet) -> Reference:
-    """The reference that these images are."""
+    """The reference made of these images."""
     return Reference(real.images.identity | {"count": real.count}, real.moments(), real)
 
 
@@ -37,7 +37,7 @@ def holds_moments(path: pathlib.Path) -> bool:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return "mu" in stored.files
-    except Exception:  # whatever damaged bytes lead zipfile to
+    except Exception:  # zipfile can raise anything on damaged bytes
         return False
 
 
@@ -58,7 +58,7 @@ def load_moments(path: pathlib.Path, extractor: Extractor) -> Reference:
     """Reads what ``save_moments`` wrote, or the ``mu`` and ``sigma`` of another project.
 
     Raises:
-      UserError: where the file has none, or they were made with another extractor.
+      UserError: where the file has none, or another extractor made them.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -70,8 +70,8 @@ def load_moments(path: pathlib.Path, extractor: Extractor) -> Reference:
         if "record" in arrays:
             record = json.loads(str(arrays["record"]))
             known, made_with = dict(record["reference"]), record["extractor"]
-        told = _told(made_with)
-    except Exception as error:  # whatever damaged bytes lead zipfile to
+        maker = _text(made_with)
+    except Exception as error:  # zipfile can raise anything on damaged bytes
         raise UserError(
             f"--reference={path}: not statistics; it needs arrays 'mu' and 'sigma', as "
             "--mode=fid_stats writes them"
@@ -81,16 +81,16 @@ def load_moments(path: pathlib.Path, extractor: Extractor) -> Reference:
             f"--reference={path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; "
             "they must be [d] and [d, d]"
         )
-    if not np.allclose(covariance, covariance.T):  # nor where it is not finite
+    if not np.allclose(covariance, covariance.T):  # False where it is not finite, too
         raise UserError(f"--reference={path}: sigma is no covariance; make the file anew")
     if made_with != extractor.record:
         raise UserError(
-            f"--reference={path}: made with extractor {told}, but these features are of "
-            f"{_told(extractor.record)}; use the same, or make it anew"
+            f"--reference={path}: made with extractor {maker}, but these features are of "
+            f"{_text(extractor.record)}; use the same, or make it anew"
         )
     return Reference(known, Moments(mean, covariance, count), None)
 
 
-def _told(record: dict[str, Any]) -> str:
+def _text(record: dict[str, Any]) -> str:
     weights = record.get("weights_sha256") or record.get("sha256") or ""
     return f"{record['name']} ({weights[:8]})"

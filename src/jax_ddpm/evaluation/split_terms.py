@@ -1,4 +1,4 @@
-"""What a model makes of every example of a split, computed in parts that are kept."""
+"""A model's terms for every example of a split, computed in parts that are kept."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +9,7 @@ import jax
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.denoiser import Denoiser
-from jax_ddpm.evaluation.parts import Arrays, Parts
+from jax_ddpm.evaluation.result_cache import Arrays, ResultCache
 from jax_ddpm.images import from_levels
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, stream_key
@@ -36,8 +36,8 @@ def split_terms(
     """``terms(denoiser, x0, keys, conditioning)`` of ``count`` examples or more, part by part.
 
     The examples come in a random order, always the same, each once. The key of an example depends
-    on its place in the split alone, so that its terms are the same whatever the batches and
-    devices; a class-conditional model is given the labels. ``identity`` says what is computed.
+    only on its place in the split, so that its terms are the same whatever the batches and devices.
+    A class-conditional model gets the labels. ``identity`` names the computation.
     """
     size = source.spec.split_sizes[split]
     order = batch_indices(0, 0, size, size)
@@ -56,7 +56,7 @@ def split_terms(
 
     def launch(part: int) -> dict[str, jax.Array]:
         index = order[batches[part][0]]
-        with jax.default_matmul_precision("highest"):  # as ``extract`` does
+        with jax.default_matmul_precision("highest"):  # like ``extract``
             return of_batch(denoiser, index, source.batch(split, index))
 
     def compute(wanted: Iterable[int]) -> Iterator[tuple[int, Arrays]]:
@@ -65,6 +65,6 @@ def split_terms(
             yield part, {name: array[inside] for name, array in found.items()}
 
     of_data = {"data": source.spec.identity, "split": split, "batch_size": batch_size}
-    parts = Parts(cache, identity | {"model": trained.model_record} | of_data)
+    parts = ResultCache(cache, identity | {"model": trained.model_record} | of_data)
     parts.complete(len(batches), compute, "bits/dim")
     return map(parts.load, range(len(batches)))

@@ -22,11 +22,11 @@ from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runtime.pipeline import run_ahead
 from jax_ddpm.runtime.stopping import Poll, never
 
-_NUM_TIMES = 200  # of a process without steps of its own
+_NUM_TIMES = 200  # for a process without steps of its own
 
 
 def visited_times(process: Process) -> np.ndarray:
-    """Every step of a chain; in continuous time a grid that is even in λ. Both to ``ALL_NOISE``."""
+    """Every step of a chain, or a grid even in λ in continuous time; both down to ``ALL_NOISE``."""
     if isinstance(process, Chain):
         times = np.arange(process.num_timesteps, dtype=float)
         return times[process.log_snr(times) >= ALL_NOISE]
@@ -72,7 +72,7 @@ def store_x0_error(
     batch_size: int,
     poll: Poll = never,
 ) -> pathlib.Path:
-    """Writes the statistic beside the parameters it is of, and returns its path."""
+    """Writes the statistic beside its parameters, and returns its path."""
     statistic = estimate_x0_error(trained, source, num_examples, batch_size, poll)
     record = {
         "computes": "E‖x_0 - x̂_0‖²/d at rising λ",

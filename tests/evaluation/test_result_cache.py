@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.evaluation.parts import Parts
+from jax_ddpm.evaluation.result_cache import ResultCache
 
 COUNT = 4
 IDENTITY = {"computes": "squares", "model": {"sha256": "0f", "steps": [1, 2]}, "seed": 0}
@@ -91,23 +91,23 @@ def finished(cache):
 
 
 def test_come_back_to_the_last_bit(tmp_path):
-    parts = Parts(tmp_path, IDENTITY)
+    parts = ResultCache(tmp_path, IDENTITY)
     parts.complete(COUNT, Computer(), "squares")
     assert_complete(parts)
-    assert_complete(Parts(tmp_path, IDENTITY))
+    assert_complete(ResultCache(tmp_path, IDENTITY))
 
 
 def test_are_not_computed_again(tmp_path):
-    Parts(tmp_path, IDENTITY).complete(2, Computer(), "squares")
+    ResultCache(tmp_path, IDENTITY).complete(2, Computer(), "squares")
     for count, missing in ((1, []), (2, []), (4, [2, 3]), (4, [])):
         computer = Computer()
-        Parts(tmp_path, IDENTITY).complete(count, computer, "squares")
+        ResultCache(tmp_path, IDENTITY).complete(count, computer, "squares")
         assert computer.computed == missing
 
 
 @pytest.mark.parametrize("lost", [[0], [1, 3], [0, 1, 2, 3]])
 def test_those_that_got_lost_are(tmp_path, lost):
-    parts, computer = Parts(tmp_path, IDENTITY), Computer()
+    parts, computer = ResultCache(tmp_path, IDENTITY), Computer()
     parts.complete(COUNT, Computer(), "squares")
     for part in lost:
         (path,) = tmp_path.glob(f"*/{part:06}.npz")
@@ -121,11 +121,11 @@ def test_those_that_got_lost_are(tmp_path, lost):
 def test_computation_goes_on_where_it_was_killed(tmp_path, last):
     computer = Computer()
     with pytest.raises(Killed):
-        Parts(tmp_path, IDENTITY).complete(COUNT, Computer(last), "squares")
+        ResultCache(tmp_path, IDENTITY).complete(COUNT, Computer(last), "squares")
     assert finished(tmp_path) == [*range(last)]
-    Parts(tmp_path, IDENTITY).complete(COUNT, computer, "squares")
+    ResultCache(tmp_path, IDENTITY).complete(COUNT, computer, "squares")
     assert computer.computed == [*range(last, COUNT)]
-    assert_complete(Parts(tmp_path, IDENTITY))
+    assert_complete(ResultCache(tmp_path, IDENTITY))
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -134,13 +134,13 @@ def test_killed_before_any_file_operation(tmp_path, torn):
         cache, computer = tmp_path / str(k), Computer()
         try:
             with Killer(cache, k, torn):
-                Parts(cache, IDENTITY).complete(COUNT, Computer(), "squares")
+                ResultCache(cache, IDENTITY).complete(COUNT, Computer(), "squares")
             break
         except Killed:
             kept = finished(cache)
-            Parts(cache, IDENTITY).complete(COUNT, computer, "squares")
+            ResultCache(cache, IDENTITY).complete(COUNT, computer, "squares")
             assert sorted([*kept, *computer.computed]) == [*range(COUNT)]
-            assert_complete(Parts(cache, IDENTITY))
+            assert_complete(ResultCache(cache, IDENTITY))
     assert k > 2 * COUNT
 
 
@@ -158,22 +158,22 @@ def test_killed_before_any_file_operation(tmp_path, torn):
     ],
 )
 def test_of_another_identity_are_others(tmp_path, other):
-    Parts(tmp_path, IDENTITY).complete(COUNT, Computer(), "squares")
+    ResultCache(tmp_path, IDENTITY).complete(COUNT, Computer(), "squares")
     computer = Computer()
-    Parts(tmp_path, IDENTITY | other).complete(COUNT, computer, "squares")
+    ResultCache(tmp_path, IDENTITY | other).complete(COUNT, computer, "squares")
     assert computer.computed == [*range(COUNT)]
     assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_the_order_of_fields_means_nothing(tmp_path):
-    Parts(tmp_path, IDENTITY).complete(COUNT, Computer(), "squares")
-    Parts(tmp_path, dict(reversed(IDENTITY.items()))).complete(COUNT, Computer(0), "squares")
+    ResultCache(tmp_path, IDENTITY).complete(COUNT, Computer(), "squares")
+    ResultCache(tmp_path, dict(reversed(IDENTITY.items()))).complete(COUNT, Computer(0), "squares")
 
 
 @pytest.mark.parametrize("damage", [b"", b"no archive", None])
 def test_damaged_ones_are_named(tmp_path, damage):
     """Empty as after a power cut, something else, or with a bit changed in an array."""
-    parts = Parts(tmp_path, IDENTITY)
+    parts = ResultCache(tmp_path, IDENTITY)
     parts.complete(COUNT, Computer(), "squares")
     (path,) = tmp_path.glob("*/000002.npz")
     content = bytearray(path.read_bytes())

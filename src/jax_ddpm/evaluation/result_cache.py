@@ -1,4 +1,4 @@
-"""Long computations in parts that are kept, so that a killed evaluation goes on where it was."""
+"""Results of long computations, kept in parts on disk: a killed evaluation goes on from there."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ Arrays = dict[str, np.ndarray]
 Compute = Callable[[Iterable[int]], Iterator[tuple[int, Arrays]]]
 
 
-class Parts:
-    """Parts 0, 1, … of what ``identity`` names, each a file below ``cache``, whole or not there.
+class ResultCache:
+    """Parts 0, 1, … of the results of ``identity``, each a file below ``cache``, whole or absent.
 
-    ``identity`` is JSON and must say all that decides the arrays: its hash is the folder's name, so
-    anything else lies in another folder, and a cache can be shared between runs.
+    ``identity`` is JSON and must hold all that decides the arrays. Its hash is the folder's name,
+    so every other identity has another folder, and runs can share a cache.
     """
 
     def __init__(self, cache: pathlib.Path, identity: dict[str, Any]):
@@ -30,7 +30,7 @@ class Parts:
         self._identity = text
 
     def complete(self, count: int, compute: Compute, name: str) -> None:
-        """Computes those of the parts 0, …, count-1 that are missing, with a bar of this name."""
+        """Computes the missing parts among 0, …, count-1, with a progress bar of this name."""
         from tqdm import tqdm
 
         missing = from_first(
@@ -52,13 +52,13 @@ class Parts:
         """The arrays of one part.
 
         Raises:
-          UserError: naming the file, where it is damaged.
+          UserError: naming the file, if it is damaged.
         """
         path = self._path(part)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
-        except Exception as error:  # whatever damaged bytes lead zipfile to
+        except Exception as error:  # zipfile can raise anything on damaged bytes
             raise UserError(f"{path}: cannot be read; remove it and repeat") from error
 
     def _path(self, part: int) -> pathlib.Path:

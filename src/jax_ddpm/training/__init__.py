@@ -1,1 +1,1 @@
-"""Training: the objective, the pure step, and the loop around it."""
+"""Training: the pure step, the loop around it, and what they cost."""

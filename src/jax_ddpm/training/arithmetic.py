@@ -1,4 +1,4 @@
-"""What a traced program computes and keeps: its arithmetic and bytes, before XLA sees it."""
+"""The arithmetic of a traced program and the bytes it keeps, before XLA sees it."""
 
 import math
 from collections.abc import Callable
@@ -11,14 +11,15 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
 
 def array_bytes(array: Any) -> int:
-    """Of an array, or of one of its shape and dtype."""
+    """The bytes of an array, or of one of its shape and dtype."""
     return array.size * array.dtype.itemsize
 
 
 def activation_bytes(function: Callable, params: Any, *arguments: Any) -> int:
-    """What must be kept to differentiate ``function`` by ``params``, beside the arguments.
+    """The bytes kept to differentiate ``function`` by ``params``, beside the arguments.
 
-    As the program says; XLA may keep less, and needs room for gradients of activations as well.
+    They are those of the traced program; XLA may keep less, and needs room for gradients of
+    activations as well.
     """
 
     def kept(params: Any, *arguments: Any) -> Any:
@@ -32,10 +33,10 @@ def activation_bytes(function: Callable, params: Any, *arguments: Any) -> int:
 def flops(function: Callable, *arguments: Any) -> int:
     """Floating-point operations of all convolutions and matrix products in ``function``.
 
-    A multiply-add is two. Of a convolution those on padding and on the holes of dilation do not
-    count, so that its two gradients cost what it does. All that is element by element counts as
-    nothing, a loop as often as it runs (``while``, which may run any number of times, once), the
-    dearest branch of a choice, and what is mapped over devices on each of them.
+    A multiply-add counts two. Operations on a convolution's padding and on the holes of dilation do
+    not count, so its two gradients cost as much as the convolution. Elementwise operations count
+    nothing. A loop counts as often as it runs (``while``, which may run any number of times, once),
+    a choice as its dearest branch, and a program mapped over devices once for each device.
 
     ``arguments`` are arrays or only their shapes and dtypes.
     """
@@ -43,7 +44,7 @@ def flops(function: Callable, *arguments: Any) -> int:
 
 
 def total_of(jaxpr: Jaxpr, of: Callable[[JaxprEqn], int]) -> int:
-    """The sum of ``of`` over the operations that run, those of inner programs included."""
+    """The sum of ``of`` over the operations that run, including those of inner programs."""
     total = 0
     for equation in jaxpr.eqns:
         inner = [total_of(each, of) for each in _programs(equation)]
@@ -66,7 +67,7 @@ def _runs(equation: JaxprEqn) -> int:
 
 
 def product_flops(equation: JaxprEqn) -> int:
-    """Of one operation; as ``flops``."""
+    """The operations of one equation, counted as in ``flops``."""
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         lhs, _, out = _operands(equation)
@@ -77,14 +78,14 @@ def product_flops(equation: JaxprEqn) -> int:
 
 
 def product_bytes(equation: JaxprEqn) -> int:
-    """Operands and results of a convolution or matrix product, once each."""
+    """The bytes of a convolution's or matrix product's operands and results, once each."""
     if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
         return 0
     return sum(map(array_bytes, _operands(equation)))
 
 
 def _operands(equation: JaxprEqn) -> list[Any]:
-    """Shapes and dtypes of what goes in, then of what comes out."""
+    """Shapes and dtypes of the inputs, then of the outputs."""
     return [var.aval for var in (*equation.invars, *equation.outvars)]
 
 
@@ -118,7 +119,7 @@ def _pairs(
     lhs_dilation: int,
     rhs_dilation: int,
 ) -> int:
-    """How many (place of the output, tap of the kernel) meet an element of the input."""
+    """The number of pairs (place of the output, tap of the kernel) that meet an input element."""
     place, tap = np.ogrid[:places, :taps]
     position = place * stride + tap * rhs_dilation - padding[0]
     within = (position >= 0) & (position <= (length - 1) * lhs_dilation)

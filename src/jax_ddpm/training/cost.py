@@ -1,7 +1,7 @@
-"""What a train step costs, counted before anything runs, and the time it should take.
+"""The cost of a train step, counted before anything runs, and its predicted time.
 
-The counts are checked against compiled programs by experiments/scaling.py; docs/scaling.md has the
-formulas and what they foretell.
+experiments/scaling.py checks the counts against compiled programs; docs/scaling.md has the formulas
+and the predictions.
 """
 
 import math
@@ -26,16 +26,16 @@ from jax_ddpm.training.arithmetic import (
 from jax_ddpm.training.state import TrainState
 from jax_ddpm.training.step import fsdp_spec
 
-# XLA joins collectives into one until it has so many bytes (collective_utils.h).
+# XLA joins collectives into one up to this many bytes (collective_utils.h).
 _JOINED_BYTES = 30 * 2**20
-# For each time that a product reads or writes an activation, normalisation and the rest do once.
+# Normalisation and the rest read or write an activation as often as the products do.
 _ELEMENTWISE = 2
 
 
-# With these XLA's CPU backend keeps the collectives that others have: by itself it joins what is
-# gathered for the forward and again for the backward pass.
+# These options make XLA's CPU backend keep the collectives that others have. It would otherwise
+# join the gathers for the forward and for the backward pass.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander,optimization-barrier-expander"}
-# How XLA writes a range of devices, reshaped and transposed.
+# XLA's form of a range of devices, reshaped and transposed.
 _RANGE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
@@ -52,7 +52,7 @@ class Collective(NamedTuple):
         return 2 if self.kind == "all-reduce" else 1
 
     def sent(self, volume: int) -> float:
-        """Bytes that each device sends, by algorithms that send no more than they must.
+        """Bytes that each device sends, by algorithms that send the least possible.
 
         ``volume`` is the bytes of the whole array: summed, gathered, or before it is scattered
         (Patarasuk & Yuan 2009).
@@ -64,7 +64,7 @@ Volumes = dict[Collective, int]
 
 
 class Work(NamedTuple):
-    """What a device computes for its share of the batch.
+    """The work of a device on its share of the batch.
 
     Attributes:
       flops: of convolutions and matrix products, recomputed ones included.
@@ -78,7 +78,7 @@ class Work(NamedTuple):
 
 
 class StepCost(NamedTuple):
-    """Of one train step on each device, and of one checkpoint.
+    """The cost of one train step on each device, and of one checkpoint.
 
     Attributes:
       state_bytes: parameters, averages, optimiser.
@@ -95,7 +95,7 @@ class StepCost(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """A device and what joins it to others; bandwidths in bytes/s, of links as sent by one device.
+    """A device and its links to others; bandwidths in bytes/s, of links as sent by one device.
 
     Attributes:
       flops: peak of matrix products in bfloat16, per second.
@@ -104,7 +104,7 @@ class Machine(NamedTuple):
       link, outer_link: bandwidth within the domain and beyond it.
       latency, outer_latency: seconds for one pass of the smallest message over a domain, and
         between domains.
-      flops_share, bandwidth_share: of the peaks, that programs reach.
+      flops_share, bandwidth_share: shares of the peaks that programs reach.
     """
 
     flops: float
@@ -161,7 +161,7 @@ def gradient_work(recipe: Recipe, state: TrainState, batch: dict[str, Any]) -> W
 
 
 def step_cost(recipe: Recipe, state: TrainState, work: Work, mesh: Mesh | AbstractMesh) -> StepCost:
-    """What a train step costs whose state, of arrays or only shapes, is spread over ``mesh``."""
+    """The cost of a train step with its state, of arrays or only shapes, spread over ``mesh``."""
     volumes: Volumes = defaultdict(int)
     for phase in recipe.phases:
         trained = {name: state.params[name] for name in phase.trains}
@@ -171,8 +171,8 @@ def step_cost(recipe: Recipe, state: TrainState, work: Work, mesh: Mesh | Abstra
     return StepCost(
         work,
         state_bytes=_held_bytes(held, mesh),
-        # The state is read and written, the gradient read for its norm and for the update, the
-        # parameters for their norm.
+        # The optimiser reads and writes the state; the gradient is read for its norm and for the
+        # update, the parameters for their norm.
         update_bytes=2 * _held_bytes(held, mesh) + 3 * _held_bytes(state.params, mesh),
         volumes=dict(volumes),
         checkpoint_bytes=sum(map(array_bytes, jax.tree.leaves(held))),
@@ -196,7 +196,7 @@ def predict(cost: StepCost, machine: Machine) -> StepTime:
 
 
 def collective_seconds(collective: Collective, volume: int, machine: Machine) -> float:
-    """First within each domain, then what is left to each device between the domains."""
+    """The time within each domain, then of each device's rest between the domains."""
     inner = min(collective.group, max(1, machine.domain // collective.stride))
     outer = collective.group // inner
     seconds = volume * (inner - 1) / inner / machine.link
@@ -209,9 +209,9 @@ def collective_seconds(collective: Collective, volume: int, machine: Machine) ->
 def gradient_volumes(params: Any, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> Volumes:
     """Bytes through each collective of a train step; scalars for metrics and norms count nothing.
 
-    Arrays split over "fsdp" are gathered once for all forward passes and for each micro-batch's
-    backward pass, and its gradients summed and scattered; then the parts are summed over the other
-    devices. All other gradients are summed over all devices.
+    Arrays split over "fsdp" are gathered once for all forward passes and once for each
+    micro-batch's backward pass, and each micro-batch's gradients summed and scattered; the parts
+    are then summed over the other devices. All other gradients are summed over all devices.
     """
     fsdp = mesh.shape.get("fsdp", 1)
     volumes: Volumes = defaultdict(int)
@@ -229,7 +229,7 @@ def gradient_volumes(params: Any, mesh: Mesh | AbstractMesh, accumulate: int = 1
 def compiled_volumes(text: str) -> Volumes:
     """The same, read from a module compiled with ``COMPILER_OPTIONS`` by XLA's CPU backend.
 
-    What lies in a loop counts as often as that runs.
+    Collectives in a loop count as often as it runs.
 
     Raises:
       ValueError: where collectives lie in a loop of unknown length.
@@ -312,7 +312,7 @@ def _is_split(leaf: Any, mesh: Mesh | AbstractMesh) -> bool:
 
 
 def _held_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> int:
-    """On one device."""
+    """The bytes of a tree on one device."""
     fsdp = mesh.shape.get("fsdp", 1)
     return sum(
         array_bytes(leaf) // (fsdp if _is_split(leaf, mesh) else 1)

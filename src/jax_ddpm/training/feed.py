@@ -1,4 +1,4 @@
-"""What the train step eats: a set that fits lives on the devices, a larger one streams."""
+"""Batches for the train step: a set that fits lies on the devices, a larger one streams."""
 
 import contextlib
 import itertools
@@ -17,12 +17,12 @@ from jax_ddpm.runtime.devices import own_rows, split
 
 
 class Feed:
-    """This process's rows of the batches of the steps ``start``, ``start + 1``, …; to be closed.
+    """This process's rows of the batches of steps ``start``, ``start + 1``, …; to be closed.
 
     Attributes:
-      data: the training set as it is to lie on every device, of which a batch is the places of its
-        examples; {} where it is larger than ``data.resident_gigabytes`` or not held in memory: then
-        a batch is the arrays themselves.
+      data: the training set for every device, where a batch is the places of its examples. It is {}
+        for a set larger than ``data.resident_gigabytes`` or not held in memory, where a batch is
+        the arrays themselves.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from jax_ddpm.training.meter import weighted_means
 class HeldOut:
     """The mean loss of the held-out split, with the same random numbers at every call.
 
-    It is the objective's ``measuring()`` form, without augmentation and dropout, so that
+    The loss is the objective's ``measuring()`` form, without augmentation and dropout, so that
     differences between calls are differences between parameters. At most ``max_examples`` are used,
     picked at random but always the same.
     """

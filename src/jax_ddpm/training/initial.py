@@ -17,9 +17,9 @@ from jax_ddpm.runtime.distributed import from_first
 def initial_parameters(
     config: ConfigDict, network: Network, seed: Any, workdir: pathlib.Path
 ) -> Any:
-    """Drawn from the run's seed key, or the averages of the run ``config.init_from``.
+    """Parameters drawn from the run's seed key, or the averages of the run ``config.init_from``.
 
-    That run is not needed any more once this one has a checkpoint in ``workdir``.
+    That run is no longer needed once this one has a checkpoint in ``workdir``.
 
     Raises:
       UserError: where there is no such run, or its network is another one.

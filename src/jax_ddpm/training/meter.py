@@ -1,4 +1,4 @@
-"""From metrics on the device to files and the terminal."""
+"""Metrics from the device to files and the terminal."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from jax_ddpm.tasks.objective import Metrics
 
 
 def weighted_means(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Total over weight of each metric that has any weight."""
+    """Total over weight of each metric with any weight."""
     return {name: float(total / weight) for name, (total, weight) in sums.items() if weight > 0}
 
 
@@ -35,7 +35,7 @@ class NonFinite(UserError):
 
 
 class Meter:
-    """Writes the means of metrics over every so many steps; fetches late, so no device waits.
+    """Writes the means of metrics over a fixed number of steps; fetches late, so no device waits.
 
     The metrics of a dispatch of steps are read only when ``lag`` more are under way, which also
     bounds how far the host runs ahead. A line covers the same steps however the run was
@@ -59,8 +59,8 @@ class Meter:
         self._timed_steps, self._start = 0, time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics ``[steps]`` of the steps just dispatched, of which ``step`` is the
-        first, and fetches those of older ones.
+        """Takes the metrics ``[steps]`` of the steps just dispatched, beginning with ``step``, and
+        fetches those of older ones.
 
         Raises:
           NonFinite: naming the first step whose loss or gradient was not finite.
@@ -101,13 +101,13 @@ class Meter:
         self._restart_clock()
 
     def finish(self) -> None:
-        """Writes what is left over at the end of a run."""
+        """Writes the rest at the end of a run."""
         self._fetch(0)
         if self._sums:
             self._write_line()
 
     def state(self) -> dict[str, list[float]]:
-        """Waits for all steps so far; the sums that no line holds yet, as JSON can keep them."""
+        """Waits for all steps so far; returns the sums that no line holds yet, for JSON."""
         self._fetch(0)
         return {name: pair.tolist() for name, pair in self._sums.items()}
 
@@ -128,8 +128,8 @@ class Meter:
 class MetricWriter:
     """Writes scalars to ``metrics.jsonl`` and TensorBoard files in the workdir.
 
-    A run that resumes after ``step`` steps goes on at byte ``position`` of ``metrics.jsonl``: what
-    it wrote beyond, before it was interrupted, is dropped.
+    A run that resumes after ``step`` steps goes on at byte ``position`` of ``metrics.jsonl``: lines
+    that it wrote beyond, before it was interrupted, are dropped.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int = 0, position: int = 0):
@@ -147,7 +147,7 @@ class MetricWriter:
         board.mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies silently on a full disk, and then blocks this one.
         self._board = EventsWriter(str(board / "events"))
-        # TensorBoard drops what earlier files hold from this step on.
+        # TensorBoard drops the events of earlier files from this step on.
         self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> "MetricWriter":
@@ -155,7 +155,7 @@ class MetricWriter:
 
     def __exit__(self, *_: Any) -> None:
         for file in (self._lines, self._board):
-            with contextlib.suppress(OSError):  # of what a failed write left in a buffer
+            with contextlib.suppress(OSError):  # a failed write has left data in a buffer
                 file.close()
 
     @property
@@ -165,7 +165,7 @@ class MetricWriter:
         return self._lines.tell()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """One line, and one point per scalar, at this step."""
+        """Writes one line, and one point per scalar, at this step."""
         from tensorboardX.summary import scalar
 
         self._lines.write(json.dumps({"step": step} | scalars).encode() + b"\n")
@@ -181,9 +181,9 @@ class MetricWriter:
 
 
 class Progress:
-    """A bar with step, loss, images/s and the time left; plain lines where there is no terminal.
+    """A bar with step, loss, images/s and the time left; plain lines without a terminal.
 
-    ``silent`` shows nothing, for all processes but the first.
+    ``silent`` shows nothing; all processes except the first are silent.
     """
 
     def __init__(self, num_steps: int, done: int = 0, silent: bool = False):
@@ -203,12 +203,12 @@ class Progress:
             self._bar.close()
 
     def advance(self, count: int) -> None:
-        """So many more steps dispatched."""
+        """Advances by this many dispatched steps."""
         if self._bar is not None:
             self._bar.update(count)
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
-        """The figures of the last stretch, ``step`` steps being done."""
+        """Shows the figures of the last stretch, after ``step`` steps."""
         loss, rate = scalars["loss"], scalars["images_per_second"]
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s")
@@ -221,7 +221,7 @@ class Progress:
         )
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Shows a line above the bar."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         elif not self._silent:

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import jax
 
-# Dispatches that pass first, among them those that compile; and dispatches traced.
+# Dispatches skipped first, including those that compile; and dispatches traced.
 _SKIPPED, _TRACED = 3, 5
 
 
 class Profiler:
     """Traces five dispatches of steps, after the first three, into ``folder`` if there is one.
 
-    The phases of a step are named ``gradients``, ``optimiser`` and ``averages`` on the device. On
-    the host ``step`` holds ``feed`` and ``metrics``, which waits for the steps before.
+    The phases of a step are named ``gradients``, ``optimiser`` and ``averages`` on the device.
+    ``step`` on the host holds ``feed`` and ``metrics``, which waits for the steps before.
     """
 
     def __init__(self, folder: pathlib.Path | None):
@@ -22,7 +22,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """To be entered around each dispatch, of the steps from ``number`` on."""
+        """Wraps the dispatch of the steps from ``number`` on."""
         if self._folder and self._dispatched == _SKIPPED:
             jax.profiler.start_trace(self._folder)
         with jax.profiler.StepTraceAnnotation("step", step_num=number):

@@ -1,9 +1,9 @@
 """The train step: a pure function of (state, batch), compiled once over a mesh of all devices.
 
-The mean gradient is mapped over the devices with every collective written out: parameters that are
-split over "fsdp" are gathered before use, which as transposed sums and scatters their gradients,
-and gradients are summed over the rest. The update that follows is one of whole arrays, element by
-element, so that XLA does it wherever an element lies.
+The mean gradient is mapped over the devices with every collective written out. Parameters that are
+split over "fsdp" are gathered before use; the transpose of that sums and scatters their gradients.
+Gradients are summed over the other devices. The update that follows works on whole arrays element
+by element, so XLA does it wherever an element lies.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,18 @@ from jax_ddpm.tasks.objective import Metrics
 from jax_ddpm.tasks.recipe import Phase, Recipe
 from jax_ddpm.training.state import TrainState
 
-# Below this many elements an array is not worth a program, or a collective, of its own.
+# An array of fewer elements is not worth a program, or a collective, of its own.
 _SMALL = 2**12
 
 
 class CompiledStep(NamedTuple):
     """(state, batches, seed) → (state, metrics), of one or several steps in a row.
 
-    Each array of ``batches`` is ``[steps, batch, …]``: from the host this process's rows of every
-    global batch, or global arrays that are split over the mesh already. Each metric is ``[steps]``.
+    Each array of ``batches`` is ``[steps, batch, …]``: this process's rows of every global batch
+    from the host, or global arrays that are already split over the mesh. Each metric is
+    ``[steps]``.
 
-    ``program`` is what jit or pmap made, ``arrange`` brings batches into the shape that it takes.
+    ``program`` is the result of jit or pmap, ``arrange`` brings batches into its shape.
     """
 
     program: jax.stages.Wrapped
@@ -46,7 +47,7 @@ class CompiledStep(NamedTuple):
         return self.program(state, self.data, self.arrange(batches), seed)
 
     def lower(self, state: TrainState, batches: dict[str, Any], seed: Any) -> jax.stages.Lowered:
-        """The program before it is compiled, to ask what it will need."""
+        """The program before it is compiled, for asking what it will need."""
         return self.program.lower(state, self.data, self.arrange(batches), seed)
 
 
@@ -57,7 +58,7 @@ def train_steps(
     batches: dict[str, Array],
     seed: Any,
 ) -> tuple[TrainState, Metrics]:
-    """As many steps as there are batches, in one program, so that no step waits for the host."""
+    """One step for each batch, all in one program, so that no step waits for the host."""
 
     def one(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         return step(state, data, batch, seed)
@@ -81,12 +82,14 @@ def mean_gradients(
 ) -> tuple[Any, Metrics, Any]:
     """Gradients of the mean loss over the global batch; metrics, as sums over it; the new extra.
 
-    ``data`` holds whole sets on the device, from which ``batch["index"]`` picks the examples; where
-    it is empty the batch holds them itself. The batch is taken in ``accumulate`` parts in turn.
+    ``data`` holds whole sets on the device, from which ``batch["index"]`` picks the examples; the
+    batch holds them itself if ``data`` is empty. The batch is taken in ``accumulate`` parts in
+    turn.
 
-    Mapped over the mesh axes ``axes``, ``batch`` is this device's share of the global batch, the
-    next examples after those of the device before. Arrays that ``layout``, a PartitionSpec for each
-    parameter, splits over "fsdp" come as the device's part, and so do their gradients.
+    ``batch`` is this device's share of the global batch where this is mapped over the mesh axes
+    ``axes``: the next examples after those of the device before. Arrays that ``layout``, a
+    PartitionSpec for each parameter, splits over "fsdp" come as the device's part, and so do their
+    gradients.
     """
     examples = {name: of[batch["index"]] for name, of in data.items()} or batch
     keys = _step_keys(seed, step, len(jax.tree.leaves(examples)[0]), axes)
@@ -119,8 +122,8 @@ def mean_gradients(
     parts = jax.tree.map(
         lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (examples, keys.index)
     )
-    # The first part stays out of the loop: in a loop XLA's CPU backend runs the gradients of
-    # convolutions many times slower (jax issue 12868).
+    # The first part stays out of the loop: XLA's CPU backend runs the gradients of convolutions
+    # many times slower in a loop (jax issue 12868).
     carry = part_gradients(extra, jax.tree.map(lambda x: x[0], parts))
     if accumulate > 1:
         carry, _ = jax.lax.scan(add_part, carry, jax.tree.map(lambda x: x[1:], parts))
@@ -143,8 +146,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update from a global batch, as ``mean_gradients`` takes it, under the run's seed key.
 
-    From the first phase on whose loss or gradient is not finite nothing is updated but the step
-    count, and the metric ``finite`` is below 1.
+    A loss or gradient that is not finite stops all updates from its phase on, except the step
+    count, and puts the metric ``finite`` below 1.
     """
     params, opt_state, extra = dict(state.params), list(state.opt_state), state.extra
     metrics: Metrics = {}
@@ -185,7 +188,7 @@ def train_step(
 
 
 def _step_keys(seed: Any, step: Array, share: int, axes: tuple[str, ...]) -> StepKeys:
-    """The keys of this device's share of the global batch: all of it where nothing is mapped."""
+    """The keys of this device's share of the global batch: all of it if nothing is mapped."""
     if not axes:
         return StepKeys(seed, step, jnp.arange(share), share)
     index = jax.lax.axis_index(axes) * share + jnp.arange(share)
@@ -199,13 +202,13 @@ def _gather(part: Array, spec: PartitionSpec) -> Array:
 
 
 def _keep_ungathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """For the backward pass parameters are gathered (and cast) again, lest every device keep the
-    whole network meanwhile."""
+    """Keeps all except gathered (and cast) parameters. The backward pass gathers them again, so
+    that no device keeps the whole network meanwhile."""
     return primitive not in (jax.lax.all_gather_p, jax.lax.convert_element_type_p)
 
 
 def _sum_over(axes: tuple[str, ...], gradient: Array, spec: PartitionSpec) -> Array:
-    """Over the devices whose gradient is of the same elements; ``_gather`` has seen to "fsdp"."""
+    """Sums over the devices that hold the same elements; ``_gather`` has summed over "fsdp"."""
     return jax.lax.psum(gradient, tuple(axis for axis in axes if axis not in spec))
 
 
@@ -214,7 +217,7 @@ def _single(value: Any) -> tuple[Array, Array]:
 
 
 def _norm(tree: Any) -> Array:
-    """The norm of all arrays as one vector, the many small ones joined first."""
+    """The norm of all arrays as one vector, with the many small ones joined first."""
     arrays = jax.tree.leaves(tree)
     large = [array for array in arrays if array.size >= _SMALL]
     small = [jnp.ravel(array) for array in arrays if array.size < _SMALL]
@@ -223,7 +226,7 @@ def _norm(tree: Any) -> Array:
 
 
 def _moving_average(average: Any, params: Any, decay: Any, finite: Array) -> Any:
-    @jax.jit  # traced but once for all arrays of a shape
+    @jax.jit  # traced only once for all arrays of a shape
     def one(a: Array, p: Array) -> Array:
         return jnp.where(finite, a + (1 - decay) * (p - a), a)
 
@@ -231,7 +234,7 @@ def _moving_average(average: Any, params: Any, decay: Any, finite: Array) -> Any
 
 
 def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Splits the longest axis that "fsdp" divides; small arrays and odd ones stay whole."""
+    """Splits the longest axis that "fsdp" divides; small and indivisible arrays stay whole."""
     fsdp = mesh.shape.get("fsdp", 1)
     axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
     if fsdp == 1 or not axes or np.prod(shape) < _SMALL:
@@ -241,7 +244,7 @@ def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def spread(state: TrainState, mesh: Mesh) -> TrainState:
-    """Parameters, averages and optimiser split over "fsdp", all else whole on every device."""
+    """Splits parameters, averages and optimiser over "fsdp"; all else is whole on every device."""
 
     whole: Any = devices.whole(mesh)
 
@@ -267,10 +270,10 @@ def compile_step(
 ) -> CompiledStep:
     """``train_step`` over the mesh: batch split over devices, the state donated.
 
-    The state comes back laid out as ``state`` is. ``data`` is put whole on every device. Under
-    "jit" the gradients are mapped over the mesh and XLA splits the update; under "pmap" each device
-    does all of a step for its share, with the state whole on it. Both take the same batches and
-    give the same result.
+    The state comes back in the layout of ``state``. ``data`` is put whole on every device. "jit"
+    maps the gradients over the mesh and lets XLA split the update; "pmap" makes each device do all
+    of a step for its share, with the state whole on it. Both take the same batches and give the
+    same result.
     """
     resident = devices.place(data or {}, devices.whole(mesh))
     return {"jit": _jit_step, "pmap": _pmap_step}[parallel](recipe, state, mesh, resident)
@@ -281,7 +284,7 @@ def _jit_step(
 ) -> CompiledStep:
     whole, shared = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
-    # XLA's CPU backend copies what one device alone is to sum over.
+    # XLA's CPU backend makes a copy for a sum over one device alone.
     axes = tuple(axis for axis, size in mesh.shape.items() if size > 1)
 
     def gradients_of(phase, accumulate, params, *rest):
@@ -316,8 +319,8 @@ def _pmap_step(
     recipe: Recipe, state: TrainState, mesh: Mesh, data: dict[str, Array]
 ) -> CompiledStep:
     gradients_of = partial(mean_gradients, axes=("data",))
-    # Under the mesh's own name for the axis the state comes back in the mesh's own sharding, so
-    # whatever else is compiled over the mesh takes it as it is.
+    # The mesh's own name for the axis brings the state back in the mesh's own sharding, so that
+    # whatever else is compiled over the mesh takes it unchanged.
     step = jax.pmap(
         partial(train_steps, partial(train_step, recipe, gradients_of=gradients_of)),
         axis_name="data",

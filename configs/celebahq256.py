@@ -13,7 +13,7 @@ from jax_ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """113,673,219 parameters, unconditional; what is not set here is as for CIFAR-10."""
+    """113,673,219 parameters, unconditional; fields not set here are those of CIFAR-10."""
     config = default()
     config.data.source = "folder"
     config.data.path = "data/celebahq256"

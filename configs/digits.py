@@ -1,9 +1,9 @@
 """Handwritten digits, unconditional: the smallest run that ends in a picture.
 
 Expected result: 8×8 digits, most of them plainly readable; held-out ε-error 0.143 (one seed, 359
-images). Cost: 3 minutes on two CPU cores (8 on older ones without AVX-512), compilation and two
-sample grids included. Measured with ``python -m jax_ddpm.main --config=configs/digits.py``; see
-``experiments/results/digits``, also for what samples and likelihood were measured to be.
+images). Cost: 3 minutes on two CPU cores (8 on older ones without AVX-512), including compilation
+and two sample grids. Measured with ``python -m jax_ddpm.main --config=configs/digits.py``; see
+``experiments/results/digits``, also for the measured samples and likelihood.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 Expected result: all of the 359 held-out digits right, at a cross-entropy of 0.0017 nats (one seed).
 Measured with ``python -m jax_ddpm.main --config=configs/digits_classifier.py`` on 2 cores of an
-Intel Xeon with AVX-512, 2026-11-23; cost: 2 minutes, other work being done on them meanwhile.
+Intel Xeon with AVX-512, 2026-11-23; cost: 2 minutes, on cores shared with other work.
 """
 
 from ml_collections import ConfigDict

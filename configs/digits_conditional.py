@@ -1,13 +1,12 @@
 """Handwritten digits with their class: the columns of the sample grid are the classes 0 to 9.
 
-One label in ten is dropped in training, so the network is also an unconditional model, as
+One label in ten is dropped in training, so the network is also an unconditional model, which
 classifier-free guidance needs (Ho & Salimans 2022).
 
 Expected result: every column plainly its class; held-out ε-error 0.128 (one seed, 359 images).
 Cost: 6 minutes on two busy CPU cores. Measured with
 ``python -m jax_ddpm.main --config=configs/digits_conditional.py``; see
-``experiments/results/digits_conditional``, also for what samples and likelihood were measured to
-be.
+``experiments/results/digits_conditional``, also for the measured samples and likelihood.
 """
 
 from ml_collections import ConfigDict

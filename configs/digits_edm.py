@@ -5,7 +5,7 @@ Sampled by Heun's method in 18 steps, 35 evaluations, as in their table 2.
 Expected result: FD 0.045 ± 0.008 to the training set over the features of
 ``configs/digits_classifier.py`` (N = 1,000, 3 seeds), 98.5 % of the digits recognised as the class
 asked for; samples and record in ``experiments/results/digits_edm``, which names its command and
-machine. One training run, not timed by itself: the network and the steps are those of
+machine. It is one training run, not timed by itself: the network and the steps are those of
 ``configs/digits_conditional.py``.
 """
 

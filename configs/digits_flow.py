@@ -5,7 +5,7 @@ The network predicts the velocity ε - x_0 (Esser et al. 2024, section 3.1, for 
 Expected result: FD 0.034 ± 0.005 to the training set over the features of
 ``configs/digits_classifier.py`` (N = 1,000, 3 seeds), 99.1 % of the digits recognised as the class
 asked for; samples and record in ``experiments/results/digits_flow``, which names its command and
-machine. One training run, not timed by itself: the network and the steps are those of
+machine. It is one training run, not timed by itself: the network and the steps are those of
 ``configs/digits_conditional.py``.
 """
 

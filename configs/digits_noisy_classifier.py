@@ -1,4 +1,4 @@
-"""A classifier of noisy handwritten digits, to guide an unconditional model of them by.
+"""A classifier of noisy handwritten digits, for guiding an unconditional model of them.
 
 It sees the noise of ``configs/digits.py`` and ``configs/digits_conditional.py`` at every time of
 their chain (Dhariwal & Nichol 2021, section 4).
@@ -10,7 +10,7 @@ from jax_ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The network of ``configs/digits_classifier.py``, told the time, trained longer."""
+    """The network of ``configs/digits_classifier.py``, conditioned on the time, trained longer."""
     config = default()
     config.task = "noisy_classification"
     config.data.source = "digits"

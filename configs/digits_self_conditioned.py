@@ -1,13 +1,13 @@
 """x_0-prediction with self-conditioning on the digits (Chen et al. 2023, Analog bits).
 
-The sigmoid schedule in continuous time with the input scaled by b = 0.7, which is σ/α shifted by
+The sigmoid schedule in continuous time; the input is scaled by b = 0.7, which is σ/α shifted by
 1/b, and normalised (Chen 2023).
 
 Expected result: FD 0.043 ± 0.005 to the training set over the features of
 ``configs/digits_classifier.py`` (N = 1,000, 3 seeds), 99.4 % of the digits recognised as the class
 asked for; samples and record in ``experiments/results/digits_self_conditioned``, which names its
-command and machine. One training run, not timed by itself: the network and the steps are those of
-``configs/digits_conditional.py``.
+command and machine. It is one training run, not timed by itself: the network and the steps are
+those of ``configs/digits_conditional.py``.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ The linear schedule rescaled to zero terminal SNR, so that sampling starts from 
 Expected result: FD 0.038 ± 0.006 to the training set over the features of
 ``configs/digits_classifier.py`` (N = 1,000, 3 seeds), 98.9 % of the digits recognised as the class
 asked for; samples and record in ``experiments/results/digits_v``, which names its command and
-machine. One training run, not timed by itself: the network and the steps are those of
+machine. It is one training run, not timed by itself: the network and the steps are those of
 ``configs/digits_conditional.py``.
 """
 

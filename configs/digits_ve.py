@@ -5,7 +5,7 @@ Sampled by predictor and corrector. σ begins at a fourth of the step between tw
 Expected result: FD 0.050 ± 0.007 to the training set over the features of
 ``configs/digits_classifier.py`` (N = 1,000, 3 seeds), 99.1 % of the digits recognised as the class
 asked for; samples and record in ``experiments/results/digits_ve``, which names its command and
-machine. One training run, not timed by itself: the network and the steps are those of
+machine. It is one training run, not timed by itself: the network and the steps are those of
 ``configs/digits_conditional.py``.
 """
 

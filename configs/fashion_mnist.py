@@ -6,7 +6,7 @@ step of 128 images takes 3.5 GB (``--mode=check --config=configs/fashion_mnist.p
 
 Data: the four files ``train-images-idx3-ubyte.gz``, ``train-labels-idx1-ubyte.gz``,
 ``t10k-images-idx3-ubyte.gz`` and ``t10k-labels-idx1-ubyte.gz`` in ``data/fashion_mnist`` or
-``--config.data.path=…``. MNIST and its other kin come in the same files.
+``--config.data.path=…``. MNIST and similar data sets come in the same files.
 """
 
 from ml_collections import ConfigDict

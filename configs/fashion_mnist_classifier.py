@@ -2,8 +2,8 @@
 
 Expected result: 90.6 % of the 10,000 test images right, at a cross-entropy of 0.259 nats (one
 seed). Measured with ``python -m jax_ddpm.main --config=configs/fashion_mnist_classifier.py`` on 2
-cores of an Intel Xeon with AVX-512, 2026-11-23; cost: 17 minutes with other work being done on them
-meanwhile, 6 minutes of processor time.
+cores of an Intel Xeon with AVX-512, 2026-11-23; cost: 17 minutes on cores shared with other work, 6
+minutes of processor time.
 
 Data: as for ``configs/fashion_mnist.py``.
 """

@@ -1,15 +1,15 @@
 """Your own pictures at 64×64: point ``data.path`` at a folder and edit what follows.
 
 Data: any images in any subfolders of ``data/pictures`` or ``--config.data.path=…``, resized and
-cropped to squares. With a subfolder per class, set ``model.class_conditional`` to True.
+cropped to squares. Set ``model.class_conditional`` to True if each subfolder is a class.
 
-Expected result and cost depend on the pictures. A few thousand of one kind want a GPU and some
-100,000 steps; watch ``heldout_loss``: when it rises, the model begins to memorise them. To start
-from another run of the same network, set ``init_from`` to its workdir.
+Expected result and cost depend on the pictures. A few thousand of one kind need a GPU and some
+100,000 steps. Watch ``heldout_loss``: the model begins to memorise them when it rises. Set
+``init_from`` to the workdir of another run of the same network to start from it.
 
-Before a long run: ``python -m jax_ddpm.main --mode=check --config=configs/folder64.py``, by which a
-train step of 64 images takes 15.7 GB (on a CPU, 2026-11-22). With less memory set
-``training.accumulate`` to 2 or 4, or ``model.remat``.
+Run ``python -m jax_ddpm.main --mode=check --config=configs/folder64.py`` before a long run: it
+finds that a train step of 64 images takes 15.7 GB (on a CPU, 2026-11-22). Set
+``training.accumulate`` to 2 or 4, or ``model.remat``, with less memory.
 """
 
 from ml_collections import ConfigDict

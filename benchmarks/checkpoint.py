@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py --shape=cifar10 --batch_size 16
 
 Saving blocks while the state is copied, then writes in the background, which steps that run
-meanwhile may feel. The stall is both: how much longer a checkpoint and the steps during which it
-is written take than the same steps without, in alternation. ``--folder`` says on which disk.
+meanwhile may feel. The stall is both: the extra time of a checkpoint and of the steps during its
+writing, against the same steps without, in alternation. ``--folder`` says on which disk.
 """
 
 import math

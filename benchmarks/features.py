@@ -5,7 +5,7 @@
 Both networks have the same random weights and see the same images, in float32 throughout. The two
 programs are timed in alternation, after one call each, until their results are NumPy arrays. Ours
 shares a batch over all devices, as evaluation does; a CPU is one device per core here
-(``JAX_NUM_CPU_DEVICES``), since XLA runs some convolutions on one core.
+(``jax_num_cpu_devices``), since XLA runs some convolutions on one core.
 """
 
 import argparse

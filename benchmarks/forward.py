@@ -44,14 +44,14 @@ def main() -> None:
 
 
 def forward(setting: Setting) -> Program:
-    """Our network."""
+    """Our network's program."""
     params, inputs = place(setting.params, whole(setting.mesh)), setting.inputs()
     apply = jax.jit(setting.model.network.apply)
     return Program(lambda: apply(params, *inputs, {}))
 
 
 def difference(ours: Program, theirs: Program) -> float:
-    """Of the outputs, by norm; PyTorch has the channels first."""
+    """The difference of the outputs, by norm; PyTorch has the channels first."""
     expected = theirs.launch().cpu().numpy().transpose(0, 2, 3, 1)
     return float(np.linalg.norm(ours.launch() - expected) / np.linalg.norm(expected))
 

@@ -2,10 +2,10 @@
 
     python benchmarks/input_pipeline.py --shape=cifar10 --batch_size 16
 
-``resident`` is a set that lies on the devices, of which a batch is only its indices; ``streamed``
-comes from the host's memory; ``decoded`` from JPEG files of 256×256, held in memory as a system's
-file cache would. Each is timed until a batch lies on the devices, on its own: ``times_the_step``
-is how many batches are ready in the time of one step.
+``resident`` is a set on the devices, where a batch is only its indices; ``streamed`` comes from the
+host's memory; ``decoded`` from JPEG files of 256×256, held in memory as a system's file cache
+would. Each is timed on its own until a batch lies on the devices: ``times_the_step`` is the number
+of batches ready in the time of one step.
 """
 
 import io
@@ -21,7 +21,7 @@ from jax_ddpm.data.lazy import Encoded, LazySource
 from jax_ddpm.data.source import Source
 from jax_ddpm.training.feed import Feed
 
-_BATCHES = 32  # in a timing, so that the few prepared ahead of it do not count
+_BATCHES = 32  # in a timing, so that the few prepared before it do not count
 _JPEGS = 500
 
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """A row for each way in which the data can lie."""
+    """A row for each place of the data."""
     training = Training(setting)
     streaming = setting.config.copy_and_resolve_references()
     streaming.data.resident_gigabytes = 0.0
@@ -80,7 +80,7 @@ def batches(training: Training, feed: Feed) -> Program:
 
 
 def jpegs(source: Source) -> LazySource:
-    """As many files as in ``_JPEGS``, smooth like photographs: noise would decode more slowly."""
+    """``_JPEGS`` files, smooth like photographs: noise would decode more slowly."""
     height, width, _ = source.spec.image_shape
     coarse = source.batch("train", np.arange(_JPEGS))["image"][:, :: height // 8, :: width // 8]
 

@@ -1,8 +1,9 @@
 """How things are measured: programs in alternation, as ratios, beside the machine's own peak.
 
-Alternation makes slow drifts of the machine cancel, but not other work on it. Where threads wait
-for one another by spinning, as PyTorch's do on a CPU, that can slow one side of a comparison a
-hundredfold and leave the other as it is. So a report says what share of the processors others took.
+Alternation makes slow drifts of the machine cancel, but not other work on it. Threads that wait for
+one another by spinning, as PyTorch's do on a CPU, let other work slow one side of a comparison a
+hundredfold and leave the other unchanged. A report therefore gives the share of the processors that
+others took.
 """
 
 import json
@@ -27,22 +28,22 @@ from jax.sharding import Mesh
 from jax_ddpm.runtime.devices import place, split
 
 Seconds = dict[str, list[float]]
-_LOAD = os.getloadavg()  # before this process has added to it
+_LOAD = os.getloadavg()  # before this process adds to it
 _QUIET = 0.05  # share of the processors that others may take
-_LEAST_SECONDS = 0.5  # that a timing takes, by repeating what is shorter
+_LEAST_SECONDS = 0.5  # the least time of a timing, reached by repeating
 _PRODUCTS = 8  # matrix products in a row
 _MATRIX_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 
 class Program(NamedTuple):
-    """Something to time: ``launch`` starts it, ``wait`` returns when what that gave is there."""
+    """Something to time: ``launch`` starts it, ``wait`` returns when its result is there."""
 
     launch: Callable[[], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
 
 
 def time_once(program: Program, repeats: int = 1) -> float:
-    """Seconds for each of so many launches, of which only the last is waited for."""
+    """Seconds for each of ``repeats`` launches; only the last is waited for."""
     start = time.perf_counter()
     for _ in range(repeats):
         result = program.launch()
@@ -51,7 +52,7 @@ def time_once(program: Program, repeats: int = 1) -> float:
 
 
 def alternate(programs: dict[str, Program], rounds: int) -> Seconds:
-    """Seconds of each program in each round, all of them taking turns.
+    """Seconds of each program in each round, with the programs taking turns.
 
     Two launches of each come first, one to compile and one to see how often to repeat it.
     """
@@ -82,7 +83,7 @@ def compared(seconds: Seconds) -> dict[str, Any]:
 
 
 class Peak(NamedTuple):
-    """Large matrix products on every device, the fastest that this machine computes."""
+    """Large matrix products on every device, the fastest computation of this machine."""
 
     program: Program
     flops: float
@@ -90,7 +91,7 @@ class Peak(NamedTuple):
     def share(self, seconds: Seconds, flops: float) -> dict[str, float]:
         """The rate of "ours" and its share of the best round of "peak" (model FLOPs utilisation).
 
-        The peak is the fastest round, since nothing but other work on the machine slows it down.
+        The peak is the fastest round, since only other work on the machine slows it down.
         """
         rate = flops / statistics.median(seconds["ours"])
         peak = self.flops / min(seconds["peak"])
@@ -98,7 +99,7 @@ class Peak(NamedTuple):
 
 
 def matmul_peak(mesh: Mesh, dtype: str) -> Peak:
-    """Products of square matrices in ``dtype``, at the precision that is the default for it."""
+    """Products of square matrices in ``dtype``, at its default precision."""
     size = _MATRIX_SIZE[jax.default_backend()]
     matrix = np.random.default_rng(0).standard_normal((size, size), np.float32) / size**0.5
     shape = (mesh.size, size, size)
@@ -115,9 +116,9 @@ def matmul_peak(mesh: Mesh, dtype: str) -> Peak:
 
 
 class Others:
-    """What other programs, and the host of a virtual machine, take of the processors from now on.
+    """The share of the processors that other programs and a virtual machine's host take.
 
-    Linux says so; elsewhere the share is None.
+    It counts from now on. Linux reports it; the share is None elsewhere.
     """
 
     def __init__(self) -> None:
@@ -131,8 +132,8 @@ class Others:
         return max(0.0, (busy - own) / (clock * (os.cpu_count() or 1)))
 
     def _now(self) -> tuple[float, float, float] | None:
-        """Seconds that all processors were at work, that this process and its children had them,
-        and of the clock."""
+        """Seconds of work of all processors, seconds of this process and its children on them, and
+        seconds of the clock."""
         statistics = pathlib.Path("/proc/stat")
         if not statistics.exists():
             return None
@@ -182,7 +183,7 @@ def report(doc: str, results: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows under the names of their fields, of which some may lack some."""
+    """Rows under the names of their fields; rows may lack some fields."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

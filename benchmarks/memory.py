@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --shape=cifar10 --batch_size 16 --peer
 
-Every case is a process of its own. The peak is of what steps hold beyond what was there before the
-train state and beyond the program itself: on a GPU by the allocators' own account, on a CPU by
-Linux's of the whole process, what the libraries set aside for themselves included.
-``planned_gigabytes`` is what XLA means to use: arguments, results not donated, temporaries.
+Every case is a process of its own. The peak counts what steps hold beyond the memory in use before
+the train state and beyond the program itself. A GPU's allocators report it; Linux reports it for
+the whole process on a CPU, including what the libraries set aside for themselves.
+``planned_gigabytes`` is XLA's plan: arguments, results not donated, temporaries.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def measure_ours(arguments: argparse.Namespace, batch_size: int, policy: str) ->
     """The peak in this process, and what XLA planned."""
     arguments.override.append(f"model.remat={policy}")
     setting = Setting(arguments, batch_size)
-    jax.block_until_ready(setting.params)  # of which the train state has its own copy
+    jax.block_until_ready(setting.params)  # the train state has its own copy of them
     before = _held()
     training = Training(setting)
     without_program = _held()
@@ -72,7 +72,7 @@ def measure_ours(arguments: argparse.Namespace, batch_size: int, policy: str) ->
 def measure_theirs(arguments: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     """The peak of diffusers' train step in this process."""
     setting = Setting(arguments, batch_size)
-    jax.block_until_ready(setting.params)  # of which the train state has its own copy
+    jax.block_until_ready(setting.params)  # the train state has its own copy of them
     before = _held()
     program = Peer(setting).training(steps=1)
     import torch
@@ -86,7 +86,7 @@ def measure_theirs(arguments: argparse.Namespace, batch_size: int) -> dict[str, 
 
 
 def _held(peak: bool = False) -> int:
-    """Bytes on the device or, of a CPU, in this process: now, or at most since reset."""
+    """Bytes on the device, or in this process on a CPU: now, or at most since reset."""
     if statistics := jax.devices()[0].memory_stats():
         return statistics["peak_bytes_in_use" if peak else "bytes_in_use"]
     if not peak:

@@ -1,8 +1,8 @@
 """The peer: diffusers' UNet2DModel of the same architecture, and with the same weights.
 
-On a CPU it runs as it is, with the memory that ``backend.keep_memory`` keeps for both sides and
-its own users lack; on a GPU channels-last, compiled by ``torch.compile``. bfloat16 is autocast;
-float32 products may use TF32, as XLA's do.
+It runs unchanged on a CPU, with the memory that ``backend.keep_memory`` keeps for both sides and
+that its own users lack; on a GPU channels-last, compiled by ``torch.compile``. bfloat16 is
+autocast; float32 products may use TF32, as XLA's do.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class Peer:
         self._apply = torch.compile(self.network) if on_gpu else self.network
 
     def forward(self) -> Program:
-        """The network without dropout, on the inputs that ours is given."""
+        """The network without dropout, on the same inputs as ours."""
         x, time = map(self._tensor, self._setting.inputs())
         self.network.eval()
 
@@ -75,7 +75,7 @@ class Peer:
         return self._program(launch)
 
     def training(self, steps: int) -> Program:
-        """As many steps as one dispatch of ours does, each of all that ours does.
+        """As many steps as one dispatch of ours, each doing all that ours does.
 
         It gathers a batch from the device, flips and scales it, and takes the ε-error, Adam with
         clipped gradients, and the moving average.
@@ -121,7 +121,7 @@ class Peer:
         return self._program(launch)
 
     def sampling(self) -> Program:
-        """diffusers' scheduler of the method and number of steps that ``config.sampling`` says."""
+        """diffusers' scheduler for the method and the number of steps of ``config.sampling``."""
         import diffusers
 
         torch, sampling = self._torch, self._config.sampling
@@ -159,7 +159,7 @@ class Peer:
         return output.float()
 
     def _tensor(self, array: Any) -> Any:
-        """On the device; images with their channels where PyTorch has them."""
+        """An array on the device; images with their channels where PyTorch has them."""
         tensor = self._torch.from_numpy(np.array(array))
         if tensor.ndim == 4:
             tensor = tensor.permute(0, 3, 1, 2).contiguous(memory_format=self._layout)

@@ -5,7 +5,7 @@
     python benchmarks/sampling.py --platform=gpu --batch_size 256 --peer
 
 Ancestral sampling takes 1,000 steps, DPM-Solver++ (2M) 15. All steps of a sampler run the same
-compiled body, so with ``--timed_steps`` a coarser grid of so many is what is run and timed, and
+compiled body, so ``--timed_steps`` runs and times a coarser grid of that many steps.
 ``projected_seconds`` is that time multiplied up, not measured.
 """
 

@@ -1,8 +1,8 @@
 """What is measured: the network, data and train step of one of the project's own configs.
 
-Images are random bytes, so no data set is needed, only what the programs themselves import: jax,
+Images are random bytes, so no data set is needed, only the imports of the programs themselves: jax,
 flax, optax, jaxtyping, ml_collections (and its PyYAML) and pillow; orbax for ``checkpoint.py``,
-grain for ``input_pipeline.py``, and for the peer torch and diffusers. The folder ``src`` must be
+grain for ``input_pipeline.py``, and torch and diffusers for the peer. The folder ``src`` must be
 importable, as ``pip install --no-deps -e .`` or ``PYTHONPATH=src`` makes it.
 """
 
@@ -33,7 +33,7 @@ from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.state import TrainState, init_state
 from jax_ddpm.training.step import CompiledStep, compile_step, spread
 
-# The config, the shape of an image, its levels and how many there are to train on.
+# The config, the shape of an image, its levels and the number of training images.
 SHAPES = {
     "digits": ("digits", (8, 8, 1), 17, 1438),
     "cifar10": ("cifar10", (32, 32, 3), 256, 50_000),
@@ -74,10 +74,10 @@ class Setting:
     Attributes:
       config, mesh: as in training.
       source: random images of the config's shape.
-      model: the network and what its output means.
+      model: the network and the meaning of its output.
 
     Raises:
-      SystemExit: in one line, where the platform asked for is not at hand.
+      SystemExit: in one line, where the platform asked for is not available.
     """
 
     def __init__(self, arguments: argparse.Namespace, batch_size: int = 0):
@@ -125,7 +125,7 @@ class Setting:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What tells this setting apart in a report."""
+        """The fields that identify this setting in a report."""
         return {
             "shape": self._shape,
             "batch_size": self.batch_size,
@@ -147,7 +147,7 @@ class Training:
         objective = make_objective(config, model)
         recipe = make_recipe(config, objective)
         if params is None:
-            params = jax.tree.map(jnp.copy, setting.params)  # the step will be given them
+            params = jax.tree.map(jnp.copy, setting.params)  # the step donates them
         state = init_state(recipe, {"network": params}, objective.init())
         self.state: TrainState = spread(state, setting.mesh)
         self.feed = Feed(config, setting.source, setting.mesh, start=0)
@@ -158,7 +158,7 @@ class Training:
         self._seed = jax.random.key(config.seed)
 
     def arguments(self) -> tuple[Any, ...]:
-        """What ``step.program`` takes next; the state in it is donated."""
+        """The next arguments of ``step.program``; the state among them is donated."""
         batches = self.step.arrange(self.feed.take(self.steps))
         return self.state, self.step.data, batches, self._seed
 
@@ -175,9 +175,9 @@ class Training:
 def measure_each(
     arguments: argparse.Namespace, measure: Callable[[Setting], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row of results for each batch size, "out_of_memory" in place of those for which it lacks.
+    """A row of results for each batch size, or "out_of_memory" where memory is short.
 
-    Of several the one with the most images a second is marked as the best.
+    The row with the most images a second is marked as the best of several.
     """
     rows = []
     for batch_size in arguments.batch_size:

@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py --shape=cifar10 --batch_size 16
 
-Every case is a process of its own. A cold one finds an empty cache; warm ones load what that left,
-as users of ``JAX_COMPILATION_CACHE_DIR`` do. ``seconds`` is initialise + trace + compile; importing
-comes before it and the first step after it.
+Every case is a process of its own. A cold one finds an empty cache; warm ones load what the cold
+one left, as users of ``JAX_COMPILATION_CACHE_DIR`` do. ``seconds`` is initialise + trace + compile;
+importing comes before it and the first step after it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
 def start_up(
     arguments: argparse.Namespace, batch_size: int, cache: str, launched: float
 ) -> dict[str, Any]:
-    """How long each part takes in this process, which was ``launched`` at that time."""
+    """The time of each part in this process, which was ``launched`` at that time."""
     imported = time.time()
     jax.config.update("jax_compilation_cache_dir", cache)
     setting = Setting(arguments, batch_size)

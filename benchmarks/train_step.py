@@ -3,8 +3,8 @@
     python benchmarks/train_step.py --shape=cifar10 --batch_size 16 --peer
     python benchmarks/train_step.py --platform=gpu --batch_size 128 256 512 1024 --peer
 
-FLOPs are those of the network's convolutions and matrix products and of their gradients; what
-rematerialisation computes again does not count (Chowdhery et al. 2022, appendix B).
+FLOPs are those of the network's convolutions and matrix products and of their gradients; operations
+that rematerialisation repeats do not count (Chowdhery et al. 2022, appendix B).
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def gradient_flops(setting: Setting) -> float:
-    """Of the network and its gradient on one batch."""
+    """The FLOPs of the network and its gradient on one batch."""
     config = setting.config.copy_and_resolve_references()
     config.model.remat = ""
     network = Model(config, setting.source.spec).network

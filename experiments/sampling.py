@@ -4,11 +4,12 @@
         --extractor=runs/digits_classifier --out=experiments/results/digits_conditional/solvers
 
 ``solvers`` is every method at 5 to 100 evaluations of the network (1000 for two), ``guidance``
-classifier-free guidance at every scale. Writes ``<out>.json``, ``<out>.png``, a plot, and
-``<out>_samples.png``, from the same noise a row for each way of sampling, in the JSON's order.
+classifier-free guidance at every scale. Writes ``<out>.json``, the plot ``<out>.png``, and
+``<out>_samples.png``, which has a row for each way of sampling, from the same noise, in the JSON's
+order.
 
-Seconds are of a batch, the fastest of three, after one that compiles. What is drawn and measured
-stays in ``evaluation/cache`` of the run, so that a sweep which was stopped goes on.
+Seconds are of a batch, the fastest of three, after one that compiles. Samples and measurements stay
+in ``evaluation/cache`` of the run, so that a stopped sweep goes on.
 """
 
 import argparse
@@ -144,7 +145,7 @@ def measure(trained: Trained, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> None:
-    """One row on the terminal."""
+    """Prints one row."""
     values = {name.partition("/")[0]: f"{r['value']:.4f}" for name, r in row["results"].items()}
     print(
         row["evaluations"], f"{row['seconds_per_batch']:.2f} s", row["sampling"], values, flush=True
@@ -158,7 +159,7 @@ def _series(rows: list[dict[str, Any]], metric: str) -> tuple[list[float], list[
 
 
 def plot_solvers(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
-    """Kernel and Fréchet distance over the evaluations, a line for each method."""
+    """Kernel and Fréchet distance over the evaluations, with a line for each method."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[dict[str, Any]]] = {}

@@ -3,10 +3,10 @@
     python experiments/scaling.py check
     python experiments/scaling.py tables
 
-``check`` compiles train steps for 8 to 64 simulated CPU devices and notes what their collectives,
-arithmetic and memory are, beside what the model says; nothing is run. Every case is added to
-``experiments/results/scaling.json`` once it is compiled, and passed over if it is there already.
-``tables`` adds the predictions and prints it all as Markdown.
+``check`` compiles train steps for 8 to 64 simulated CPU devices and notes their collectives,
+arithmetic and memory beside the model's; nothing is run. Every case is added to
+``experiments/results/scaling.json`` once it is compiled, and skipped if it is already there.
+``tables`` adds the predictions and prints everything as Markdown.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from jax_ddpm.training.step import compile_step, fsdp_spec
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results/scaling.json"
 
-# Config, height and width of its images, and what makes it smaller.
+# Config, height and width of its images, and the fields that make it smaller.
 NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "small": (
         "cifar10",
@@ -55,7 +55,7 @@ NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "CIFAR-10": ("cifar10", 32, {}),
     "256×256": ("celebahq256", 256, {}),
 }
-# Network, devices, how many of them share the state, micro-batches.
+# Network, devices, number of them that share the state, micro-batches.
 LAYOUTS = [
     *[("small", count, fsdp, 1) for count in (8, 16, 32, 64) for fsdp in (1, 8)],
     ("small", 64, 4, 3),
@@ -103,7 +103,7 @@ POLICIES = ("", *REMAT_POLICIES)
 
 
 class Setting(NamedTuple):
-    """What is trained, as shapes."""
+    """The training, as shapes."""
 
     recipe: Recipe
     state: TrainState
@@ -134,7 +134,7 @@ def make_batch(network: str, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 @cache
 def make_work(network: str, rows: int, **options: Any) -> Work:
-    """Of a device with so many images in a micro-batch: a line through one and two of them."""
+    """The work of a device with ``rows`` images in a micro-batch, extrapolated from one and two."""
     if rows <= 2:
         setting = make_setting(network, **options)
         return gradient_work(setting.recipe, setting.state, make_batch(network, rows))
@@ -143,10 +143,10 @@ def make_work(network: str, rows: int, **options: Any) -> Work:
 
 
 def compile_program(network: str, batch_size: int, devices: int, fsdp: int = 1, **options: Any):
-    """The train step, compiled without anything of its arguments but shapes.
+    """The train step, compiled from the shapes of its arguments alone.
 
-    Its machine code is not optimised: that takes most of the time, and changes nothing of what is
-    read here.
+    Its machine code is not optimised: that takes most of the time, and changes nothing that is read
+    here.
     """
     setting, mesh = make_setting(network, **options), make_mesh(fsdp, jax.devices()[:devices])
 
@@ -184,7 +184,7 @@ def check_layout(network: str, devices: int, fsdp: int, accumulate: int) -> dict
 def abstract_cost(
     network: str, batch_size: int, devices: int, fsdp: int, **options: Any
 ) -> StepCost:
-    """Of a step on so many devices, with ``batch_size`` images each."""
+    """The cost of a step on so many devices, with ``batch_size`` images each."""
     setting = make_setting(network, **options)
     mesh = AbstractMesh((devices // fsdp, fsdp), ("data", "fsdp"))
     work = make_work(network, batch_size // setting.recipe.accumulate, **options)
@@ -213,7 +213,7 @@ def check() -> None:
 
 
 def load() -> dict[str, Any]:
-    """What there is of the results."""
+    """The results so far."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
@@ -236,7 +236,7 @@ def tables() -> None:
 
 
 def print_layouts(rows: list[dict[str, Any]]) -> None:
-    """Predicted and compiled, and the ratio of the compiled to the predicted."""
+    """Prints predicted and compiled counts, and the ratio of the compiled to the predicted."""
     print_row("network", "devices", "fsdp", "micro-batches", "MB sent", "compiled", "GFLOP")
     print_row(*["---"] * 7)
     for row in rows:
@@ -250,7 +250,7 @@ def print_layouts(rows: list[dict[str, Any]]) -> None:
 
 
 def print_memory() -> None:
-    """Of one more image in the batch, under each policy."""
+    """Prints the cost of one more image in the batch, under each policy."""
     print_row("network", *(remat or "none" for remat in POLICIES))
     print_row(*["---"] * (1 + len(POLICIES)))
     for network in RUNS:
@@ -276,7 +276,7 @@ def predict_runs() -> list[dict[str, Any]]:
 
 
 def predict_weak() -> list[dict[str, Any]]:
-    """As many images on each device as on eight, so that the batch grows with the devices."""
+    """The same number of images on each device as on eight: the batch grows with the devices."""
     return [
         prediction(network, machine, count, GLOBAL_BATCH[network] // 8)
         for network in RUNS
@@ -286,7 +286,7 @@ def predict_weak() -> list[dict[str, Any]]:
 
 
 def prediction(network: str, machine: str, devices: int, batch_size: int) -> dict[str, Any]:
-    """Of the better of two layouts: the state whole everywhere, or shared by eight."""
+    """The better of two layouts: the state whole everywhere, or shared by eight."""
     options = []
     for fsdp in (1, 8):
         cost = abstract_cost(network, batch_size, devices, fsdp, dtype="bfloat16")
@@ -308,7 +308,7 @@ def prediction(network: str, machine: str, devices: int, batch_size: int) -> dic
 
 
 def print_predictions(rows: list[dict[str, Any]]) -> None:
-    """With the days of each run at the paper's batch."""
+    """Prints the predictions, with the hours of each run at the paper's batch."""
     print_row(
         "network", "devices", "images each", "fsdp", "step ms: network + update + collectives",
         "steps/s", "images/s", "run",
@@ -334,7 +334,7 @@ def print_predictions(rows: list[dict[str, Any]]) -> None:
 
 
 def print_breaks() -> None:
-    """What a checkpoint and a batch weigh."""
+    """Prints the size of a checkpoint and of a batch, and their times."""
     print_row("network", "checkpoint GB", "to the host s", "written s", "input bytes per image")
     print_row(*["---"] * 5)
     for network in RUNS:
@@ -350,7 +350,7 @@ def print_breaks() -> None:
 
 
 def print_row(*cells: Any) -> None:
-    """Of a Markdown table."""
+    """Prints a row of a Markdown table."""
     print("|", " | ".join(map(str, cells)), "|")
 
 

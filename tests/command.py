@@ -1,16 +1,22 @@
-"""The command line in processes of its own, forked from one that has imported everything.
+"""The command line: in this process, or in one of its own, forked from one that has imported all.
 
 Starting Python and importing takes seconds, which a test of many short runs cannot afford.
 """
 
+import contextlib
+import io
 import multiprocessing
 import os
 import pathlib
 import sys
 import time
+import warnings
 from typing import NamedTuple
 
-from absl import app
+import pytest
+
+from jax_ddpm import main as program
+from jax_ddpm.runtime import backend
 
 ROOT = pathlib.Path(__file__).parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -33,6 +39,52 @@ class Result(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
+
+
+def main(*flags: object, cwd=ROOT) -> Result:
+    """A command in this process, which keeps its own memory and XLA."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always", UserWarning)
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        patch.setattr(sys, "argv", ["jax_ddpm", *map(str, flags)])
+        for name in ("keep_memory", "set_flags"):
+            patch.setattr(backend, name, lambda *_, **__: None)
+        patch.chdir(cwd)
+        code: object = 0
+        try:
+            program.main()
+        except SystemExit as end:
+            code = end.code
+        for warning in warned:
+            err.write(warnings.formatwarning(warning.message, UserWarning, "", 0))
+    if isinstance(code, str):  # as Python ends on it
+        err.write(f"{code}\n")
+        code = 1
+    return Result(int(code), out.getvalue(), err.getvalue())
+
+
+def succeeds(*flags: object, cwd=ROOT) -> list[str]:
+    """The lines that a successful command prints, in this process."""
+    result = main(*flags, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def mistake(*flags: object, cwd=ROOT) -> str:
+    """The one line that a command ends with, before it has printed anything else."""
+    result = main(*flags, cwd=cwd)
+    assert result.returncode == 1, result.stdout
+    assert result.stdout == ""
+    *others, line = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(other.startswith("warning: ") for other in others), others
+    return line.removeprefix("error: ")
 
 
 class Run:
@@ -69,8 +121,6 @@ def _main(flags, cwd, out, err, prepare):
         prepare()
     import jax
 
-    from jax_ddpm import main
-
     jax.config.update("jax_disable_most_optimizations", True)
-    sys.argv = ["main.py", *map(str, flags)]
-    app.run(main.main, flags_parser=main.parse_flags)
+    sys.argv = ["jax_ddpm", *map(str, flags)]
+    program.main()

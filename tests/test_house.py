@@ -15,6 +15,7 @@ PACKAGE = ROOT / "src" / "jax_ddpm"
 FLOORS = (
     ("errors",),
     ("keys", "options"),
+    ("arguments",),
     ("runtime",),
     ("images",),
     ("diffusion", "models", "data"),

@@ -1,23 +1,22 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020) in JAX and Flax.
 
-Importing this package loads nothing heavy; import the room you need:
-``jax_ddpm.diffusion`` (the mathematics), ``jax_ddpm.models`` (networks),
-``jax_ddpm.training``, ``jax_ddpm.generate``; or ``load`` a trained model and ``sample`` from it.
+Importing this package loads nothing heavy. ``train`` trains, ``load`` reads a run, to sample, edit
+and measure it: see ``jax_ddpm.api``. To build on it, import the room you need:
+``jax_ddpm.diffusion`` (the mathematics), ``jax_ddpm.models`` (networks), ``jax_ddpm.training``.
 """
 
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jax_ddpm.inference.trained import Trained
+    from jax_ddpm.api import load, train
 
+__all__ = ["load", "train"]
 __version__ = "0.1.0"
 
 
-def load(
-    workdir: str | pathlib.Path, step: int | None = None, raw: bool = False, **sampling: Any
-) -> "Trained":
-    """The model that a run trained; see ``jax_ddpm.inference.trained.load``."""
-    from jax_ddpm.inference import trained
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jax_ddpm import api
 
-    return trained.load(workdir, step, raw, **sampling)
+    return getattr(api, name)

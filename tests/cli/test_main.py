@@ -1,5 +1,6 @@
-"""The command line as users run it: in processes of its own."""
+"""The command line as users run it, nearly always in this process."""
 
+import configparser
 import json
 import math
 import os
@@ -7,12 +8,19 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from command import ROOT, Run
+import tiny
+from command import ROOT, mistake, succeeds
 from PIL import Image, ImageSequence
+
+from jax_ddpm import factory
+from jax_ddpm.arguments import ARGUMENTS
+from jax_ddpm.cli.flags import FLAGS, MODES
+from jax_ddpm.cli.modes import RUN
+from jax_ddpm.config.fields import fields, tables
+from jax_ddpm.config.reading import shipped
 
 TINY = [
     "--config.model.base_channels=8",
@@ -33,25 +41,6 @@ TINY = [
 ]
 
 
-def python(*arguments, cwd=ROOT):
-    # What is compiled here needs no optimisation.
-    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
-def main(*flags, cwd=ROOT):
-    return python("-m", "jax_ddpm.main", *flags, cwd=cwd)
-
-
-def succeeds(*flags, **options):
-    """The path that a successful command prints."""
-    result = main(*flags, **options)
-    assert result.returncode == 0, result.stderr
-    (line,) = result.stdout.splitlines()
-    return pathlib.Path(line)
-
-
 def picture(path):
     with Image.open(path) as image:
         return np.asarray(image)
@@ -59,6 +48,9 @@ def picture(path):
 
 def grid_shape(rows, columns, size=64, gap=4):
     return (rows * (size + gap) + gap, columns * (size + gap) + gap)
+
+
+quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +63,24 @@ def runs(folder):
     """Configs trained for four steps: config name → the last picture."""
 
     def train(name):
-        flags = [f"--config={ROOT / 'configs' / name}.py", *TINY]
+        flags = [f"--config={name}", *TINY]
         if name == "digits_conditional":
             flags.append(f"--workdir={folder / 'conditional'}")
-        return folder / succeeds(*flags, cwd=folder)
+        return folder / written(*flags, cwd=folder)
 
-    names = ["digits", "digits_conditional", "digits_self_conditioned"]
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(train, names), strict=True))
+    def make_network(module, x, *_):
+        return tiny.network(x.shape[-1], module.num_classes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, "make_network", make_network)
+        names = ["digits", "digits_conditional", "digits_self_conditioned"]
+        yield {name: train(name) for name in names}
+
+
+def written(*flags, **options):
+    """The path that a successful command prints."""
+    (line,) = succeeds(*flags, **options)
+    return pathlib.Path(line)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ class TestSample:
     def test_shows_the_making_of_each_image(self, digits):
         """A row of x_t over a row of the predicted x_0, which end alike; put into the workdir."""
         flags = ["--num_samples=2", "--progressive=4"]
-        path = succeeds("--mode=sample", f"--workdir={digits}", *flags)
+        path = written("--mode=sample", f"--workdir={digits}", *flags)
         assert path == digits / "samples.png"
         pixels = picture(path)
         assert pixels.shape == grid_shape(rows=4, columns=4)
@@ -139,14 +141,14 @@ class TestSample:
         """The last picture of training comes back byte for byte."""
         out = folder / "new" / "again.png"
         flags = ["--num_samples=20", "--seed=0", f"--out={out}"]
-        assert succeeds("--mode=sample", f"--workdir={conditional}", *flags) == out
+        assert written("--mode=sample", f"--workdir={conditional}", *flags) == out
         assert out.read_bytes() == runs["digits_conditional"].read_bytes()
 
     def test_of_one_class(self, runs, conditional, folder):
         """Sample 3 of a mixed grid is of class 3, so there the two agree."""
         out = folder / "class.png"
         flags = ["--num_samples=4", "--class=3", f"--out={out}"]
-        succeeds("--mode=sample", f"--workdir={conditional}", *flags)
+        written("--mode=sample", f"--workdir={conditional}", *flags)
         threes, mixed = picture(out), picture(runs["digits_conditional"])
         assert threes.shape == grid_shape(rows=2, columns=2)
         fourth = mixed[4:68, 4 + 3 * 68 :][:, :64]
@@ -157,18 +159,18 @@ class TestSample:
         picture_of_training = runs["digits_self_conditioned"]
         workdir, out = picture_of_training.parent.parent, folder / "told.png"
         flags = [f"--workdir={workdir}", "--num_samples=20", f"--out={out}"]
-        succeeds("--mode=sample", *flags)
+        written("--mode=sample", *flags)
         assert out.read_bytes() == picture_of_training.read_bytes()
-        succeeds("--mode=sample", *flags, "--sampling.eta=0")
+        written("--mode=sample", *flags, "--sampling.eta=0")
         assert out.read_bytes() != picture_of_training.read_bytes()
 
     def test_in_other_ways_than_the_run_says(self, digits, folder):
         """By the short flags or the fields they stand for; the record beside them says how."""
         flags = ["--mode=sample", f"--workdir={digits}", "--num_samples=2"]
         short, long = folder / "short.npz", folder / "long.npz"
-        succeeds(*flags, "--sampler=ddim", "--num_steps=3", f"--out={short}")
+        written(*flags, "--sampler=ddim", "--num_steps=3", f"--out={short}")
         fields = ["--sampling.sampler=ddim", "--sampling.num_steps=3"]
-        succeeds(*flags, *fields, "--sampling.times=()", f"--out={long}")
+        written(*flags, *fields, "--sampling.times=()", f"--out={long}")
         with np.load(short) as one, np.load(long) as other:
             np.testing.assert_array_equal(one["images"], other["images"])
         records = [json.loads((folder / f"{out.name}.json").read_text()) for out in (short, long)]
@@ -176,7 +178,7 @@ class TestSample:
         assert (records[0]["sampler"], records[0]["num_steps"]) == ("ddim", 3)
 
     def test_as_a_film(self, digits, folder):
-        path = succeeds(
+        path = written(
             "--mode=sample",
             f"--workdir={digits}",
             "--num_samples=2",
@@ -193,14 +195,14 @@ class TestSample:
 
     def test_with_the_optimal_variance_once_it_is_estimated(self, digits, folder):
         flags = [f"--workdir={digits}", "--num_examples=20"]
-        path = succeeds("--mode=variance", *flags)
+        path = written("--mode=variance", *flags)
         assert path == digits / "checkpoints" / "4" / "x0_error_ema.json"
         statistic = path.read_bytes()
         pictures = []
         for name, field in (("plain", []), ("optimal", ["--sampling.variance=optimal"])):
             out = folder / f"{name}.png"
             flags = [f"--workdir={digits}", "--num_samples=4", f"--out={out}"]
-            succeeds("--mode=sample", *flags, *field)
+            written("--mode=sample", *flags, *field)
             pictures.append(picture(out))
         assert np.any(pictures[0] != pictures[1])
         assert path.read_bytes() == statistic
@@ -222,6 +224,10 @@ FILES = {
     "pictures/notes.txt": "no picture",
     "full/file": "",
     "unfinished/config.json": "{}",
+    "damaged.json": "{",
+    "other.json": '{"no_such_field": 1}',
+    "list.json": "[]",
+    "nothing.py": "def get_config():\n    pass\n",
 }
 # What is wrong: flags, and what the message must name.
 WRONG = {
@@ -282,7 +288,7 @@ WRONG = {
     # starting parameters
     "no_run_to_start_from": ([DIGITS, "--config.init_from=configs"], "configs"),
     "start_from_another_network": (
-        [DIGITS, "--config.init_from={digits}", "--workdir={new}"],
+        [DIGITS, "--config.init_from={conditional}", "--workdir={new}"],
         "does not fit: ",
     ),
     # workdirs
@@ -335,6 +341,42 @@ WRONG = {
     "no_port": ([*MANUAL, "--coordinator=localhost", "--process_id=0"], "--coordinator=localhost:"),
     "one_too_many": ([*MANUAL, "--coordinator=localhost:1", "--process_id=2"], "0 to 1"),
     "no_processes": (["--num_processes=0"], "num_processes"),
+    # said of flags themselves
+    "misspelt_mode": ([DIGITS, "--mode=smaple"], "did you mean sample?"),
+    "misspelt_flag": ([*SAMPLE, "--num_smaples=3"], "did you mean --num_samples?"),
+    "flag_without_value": ([*SAMPLE, "--seed"], "--seed: its value is missing"),
+    "config_without_value": (["--config="], "--config: its value is missing"),
+    "word_for_a_number": ([*SAMPLE, "--seed=one"], "--seed=one: it must be a whole number"),
+    "seed_beyond_32_bits": ([*SAMPLE, "--seed=4294967296"], "--seed=4294967296: it must be in"),
+    "no_batch": ([*SAMPLE, "--sample_batch=0"], "--sample_batch=0: it must be at least 1"),
+    "negative_batch": ([*SAMPLE, "--sample_batch=-4"], "--sample_batch=-4: it must be"),
+    "no_moments": ([*SAMPLE, "--progressive=0"], "--progressive=0: it must be at least 1"),
+    "word_for_a_scale": ([*SAMPLE, "--guidance_scale=big"], "--guidance_scale=big: it must be a n"),
+    "flag_of_another_mode": ([DIGITS, "--num_seeds=2"], "it is for --mode=eval"),
+    "field_without_config": (["--config.seed=3"], "--config=digits --config.seed=3"),
+    "section_for_a_field": ([DIGITS, "--config.model=3"], "--config.model=3: it is a section"),
+    "place_in_a_field": ([DIGITS, "--config.model.channel_multipliers[0]=2"], "multipliers[0]'"),
+    "section_with_unknown_field": (
+        [DIGITS, "--config.model={{'dropuot': 0.5}}"],
+        "it is a section",
+    ),
+    "no_flagfile": (["--flagfile=nowhere"], "nowhere"),
+    "word_for_true": ([DIGITS, "--config.data.flip=ja"], "flip=ja: it must be True or False"),
+    "negative_process": (["--distributed=manual", "--process_id=-1"], "--process_id=-1"),
+    # configs by name
+    "misspelt_config": (["--config=digit"], "; did you mean digits?"),
+    "unknown_config": (["--config=mnist"], "nor one of celebahq256, cifar10, digits,"),
+    "unknown_config_file": (["--config=nowhere/digits.py"], "; did you mean digits?"),
+    "unknown_config_to_explain": (["--help", "--config=digit"], "; did you mean digits?"),
+    "field_to_explain": (["--help", DIGITS, "--config.sede=3"], "unknown field 'sede'; did you me"),
+    "config_is_a_folder": (["--config=configs"], "--config=configs: no such file"),
+    "json_is_damaged": (["--config={files}/damaged.json"], "damaged.json: damaged"),
+    "json_of_another_version": (["--config={files}/other.json"], "other.json: damaged, or from an"),
+    "json_is_no_config": (["--config={files}/list.json"], "list.json: damaged"),
+    "config_returns_nothing": (
+        ["--config={files}/nothing.py"],
+        "nothing.py: has no function get",
+    ),
     "job_for_a_comparison": (["--mode=compare", "--process_id=1"], "--process_id does nothing"),
 }
 
@@ -363,26 +405,106 @@ def places(folder, digits, conditional):
     }
 
 
-@pytest.mark.parametrize("mistake", WRONG)
-def test_mistakes_are_one_line(places, folder, mistake):
-    flags, named = WRONG[mistake]
-    result = Run(folder / "output", *(flag.format(**places) for flag in flags)).result()
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    assert named in line
-    others = result.stderr.splitlines()[:-1]
-    assert all(other.startswith("warning: ") for other in others), others
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_one_line(places, folder, name):
+    flags, named = WRONG[name]
+    assert named in mistake(*(flag.format(**places) for flag in flags))
 
 
 def test_the_list_of_mistakes_only_grows():
-    assert len(WRONG) >= 76
+    assert len(WRONG) >= 104
 
 
-def test_importing_the_package_is_light():
-    program = "import sys, jax_ddpm; print(*{name.partition('.')[0] for name in sys.modules})"
-    loaded = set(python("-c", program).stdout.split())
-    assert "jax_ddpm" in loaded
-    assert not loaded & {"jax", "flax", "optax", "orbax", "tensorflow", "sklearn", "numpy", "PIL"}
+class TestConfig:
+    def test_by_name_path_or_a_runs_own_is_the_same(self, digits, folder):
+        """Told by what a run of each would say to be different from the one there."""
+        flags = [*TINY, "--config.seed=1", f"--workdir={digits}"]
+        ways = ["digits", ROOT / "configs" / "digits.py", digits / "config.json"]
+        told = {mistake(f"--config={way}", *flags, cwd=folder) for way in ways}
+        assert len(told) == 1
+        assert "holds a run that differs: seed 0 → 1;" in told.pop()
+
+    def test_of_a_run_resumes_it(self, runs, digits, folder):
+        assert folder / written("--config=runs/digits/config.json", cwd=folder) == runs["digits"]
+
+
+class TestHelp:
+    @pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull", "--helpshort", "--mode=help"])
+    def test_lists_every_flag_under_its_modes(self, flag):
+        lines = succeeds(flag)
+        for name in MODES:
+            assert any(line.startswith(f"--mode={name} ") for line in lines)
+        listed = {line.split()[0] for line in lines if line.startswith("  --")}
+        assert listed == {f"--{name}" for name in FLAGS if name != "mode"}
+        assert max(map(len, lines)) <= 100
+
+    def test_of_a_config_lists_its_fields(self):
+        text = "\n".join(succeeds("--help", "--config=digits", "--config.seed=3"))
+        for name, option in fields().items():
+            assert f"  --config.{name}=" in text
+            assert option.meaning.split()[0] in text
+        assert "--config.seed=3 (default 0)" in text
+        assert "--config.training.num_steps=2000 (default 800000)" in text
+
+    def test_choices_are_all_that_tables_hold(self):
+        text = "\n".join(succeeds("--mode=choices"))
+        for field, table in tables().items():
+            assert f"--config.{field}\n" in text
+            assert all(f"  {name}" in text for name in table)
+        for name in ("memorisation", "inpaint", "efficientnet_lite0", *shipped()):
+            assert name in text
+
+
+def test_every_mode_is_a_function_and_takes_known_flags():
+    assert RUN.keys() == MODES.keys()
+    assert {name for mode in MODES.values() for name in mode.takes} <= FLAGS.keys()
+    assert ARGUMENTS.keys() <= FLAGS.keys()
+
+
+class TestProcess:
+    """What only a process of its own can show."""
+
+    @staticmethod
+    def python(*arguments, **environment):
+        command, env = [sys.executable, *map(str, arguments)], os.environ | environment
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    def test_success_is_exit_code_0(self, tmp_path):
+        record = {"subject": {}, "measured": {"fid": {"protocol": {}, "result": {"value": 3.0}}}}
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.json").write_text(json.dumps(record))
+        records = [tmp_path / "a.json", tmp_path / "b.json"]
+        result = self.python("-m", "jax_ddpm.main", "--mode=compare", *records)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[1].split() == ["fid", "3", "3"]
+
+    def test_a_mistake_is_exit_code_1(self):
+        result = self.python("-m", "jax_ddpm.main", "--mode=sample", "--seed=-1")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith("error: --seed=-1: it must be in ")
+        assert result.stderr.count("\n") == 1
+
+    def test_help_takes_less_than_a_second_and_loads_no_jax(self):
+        program = (
+            "import sys, time; start = time.process_time();"
+            "sys.argv = ['jax_ddpm', '--help'];"
+            "from jax_ddpm import main; main.main();"
+            "print(time.process_time() - start, 'jax' in sys.modules, file=sys.stderr)"
+        )
+        seconds, loaded = self.python("-c", program).stderr.split()
+        assert float(seconds) < 1
+        assert loaded == "False"
+
+    def test_importing_the_package_is_light(self):
+        program = "import sys, jax_ddpm; print(*{name.partition('.')[0] for name in sys.modules})"
+        loaded = set(self.python("-c", program).stdout.split())
+        assert "jax_ddpm" in loaded
+        heavy = {"jax", "flax", "optax", "orbax", "tensorflow", "sklearn", "numpy", "PIL"}
+        assert not loaded & heavy
+
+    def test_the_console_script_is_main(self):
+        """Whose module loads as quickly as it answers."""
+        setup = configparser.ConfigParser()
+        setup.read(ROOT / "setup.cfg")
+        script = setup["options.entry_points"]["console_scripts"]
+        assert script.strip() == "jax_ddpm = jax_ddpm.main:main"

@@ -136,12 +136,15 @@ class TestRecord:
 
 
 def test_files_beside_it(what, tmp_path):
-    path, table = evaluate(what(), ["bpd", "memorisation"], tmp_path / "folder")
+    report = evaluate(what(), ["bpd", "memorisation"], tmp_path / "folder")
+    path = report.path
     assert path.parent == tmp_path / "folder"
     assert path.name.startswith("bpd-memorisation_")
     names = {file.name.removeprefix(path.stem) for file in path.parent.iterdir()}
     assert names == {".json", ".csv", ".png", "_nearest.png"}
-    assert table.splitlines()[1].startswith("bpd")
+    assert str(report).splitlines()[1].startswith("bpd")
+    assert str(report).endswith(f"\n{path}")
+    assert load_record(path) == json.loads(json.dumps(report.record))
 
 
 def test_again_is_the_same_file(what, tmp_path):

@@ -183,9 +183,10 @@ def test_what_is_not_finite_is_one_line(source, tmp_path):
 
 def test_record_says_how_it_was_measured(trained, source, whole, tmp_path):
     what = Evaluation(tmp_path / "cache", trained, source, batch_size=4)
-    path, table = evaluate(what, ["nll"], tmp_path)
+    report = evaluate(what, ["nll"], tmp_path)
+    path = report.path
     assert path.name.startswith("nll_")
-    assert table.splitlines()[1].startswith("nll")
+    assert str(report).splitlines()[1].startswith("nll")
     found = load_record(path)["measured"]["nll"]
     assert found["result"] == {
         "value": whole.value,

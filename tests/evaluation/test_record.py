@@ -2,7 +2,9 @@
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -85,8 +87,13 @@ class TestProvenance:
             assert found["packages"][name] == __import__(name).__version__
         assert found["random_numbers"] == "threefry2x32"
         assert found["device"] == f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-        assert found["command"].startswith("python -m jax_ddpm.main")
+        assert found["command"] == shlex.join(["python", *sys.argv])
         assert found["date"].endswith("+00:00")
+
+    @pytest.mark.parametrize("program", ["bin/jax_ddpm", "src/jax_ddpm/main.py"])
+    def test_says_the_command_however_it_was_started(self, monkeypatch, program):
+        monkeypatch.setattr(sys, "argv", [program, "--out=two words"])
+        assert provenance(0.0)["command"] == "python -m jax_ddpm.main '--out=two words'"
 
     def test_names_the_random_numbers_in_force(self):
         with jax.default_prng_impl("rbg"):

@@ -1,6 +1,5 @@
 """Images from files, edited by a model and written into files."""
 
-import pathlib
 import re
 
 import jax
@@ -8,17 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
 
-from jax_ddpm import factory, images, main
-from jax_ddpm.cli import arguments as options
+from jax_ddpm import factory, images
+from jax_ddpm.arguments import ARGUMENTS
 from jax_ddpm.diffusion.editing import inpainting, last_steps, perturbed, projected, resampled
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.inference import edits
-from jax_ddpm.inference.edits import EDITS, Request, write_edits
+from jax_ddpm.inference.edits import EDITS, Request, edit_images, write_edits
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
 from jax_ddpm.runtime.devices import make_mesh
@@ -85,8 +82,8 @@ def pixels(files, name="colour.npz"):
         return arrays["images"]
 
 
-def test_every_edit_can_be_asked_for():
-    assert set(options.EDITS) == EDITS.keys()
+def test_every_edit_is_named_in_help():
+    assert all(name in ARGUMENTS["edit"].meaning for name in EDITS)
 
 
 class TestWhatIsMade:
@@ -277,50 +274,32 @@ class TestRefusals:
             model, request_for(files, "sdedit"), tmp_path / name
         )
 
+    @pytest.mark.parametrize(
+        ("images", "named"),
+        [
+            (np.zeros((2, 4, 4, 3)), "--images: an array of them must be uint8"),
+            (np.zeros((4, 4, 3), np.uint8), "--images: an array of them must be uint8"),
+            (np.zeros((1, 4, 6, 3), np.uint8), "--images=array: colour images of 6×4 pixels"),
+        ],
+    )
+    def test_of_arrays_that_are_no_images(self, model, tmp_path, images, named):
+        assert named in self.refuses(model, Request("sdedit", images), tmp_path / "out.png")
 
-class TestCommandLine:
-    @staticmethod
-    def run(monkeypatch, model, *given):
-        """What ``run_edit`` makes of the flags."""
-        monkeypatch.setattr(main, "_load", lambda: model)
-        with flagsaver.flagsaver():
-            flags.FLAGS(["main", *map(str, given)])
-            return main.run_edit(lambda: None)
+    @pytest.mark.parametrize(
+        ("mask", "named"),
+        [
+            (np.zeros((4, 4)), "--mask: an array must be of True and False"),
+            (np.zeros((5, 6), bool), "--mask=array: 6×5 pixels; the model makes 4×4"),
+        ],
+    )
+    def test_of_arrays_that_are_no_masks(self, model, files, tmp_path, mask, named):
+        request = Request("inpaint", files / "colour.npz", mask=mask)
+        assert named in self.refuses(model, request, tmp_path / "out.png")
 
-    def test_makes_a_picture_in_the_runs_folder(self, monkeypatch, model, files, tmp_path):
-        given = [f"--workdir={tmp_path}", f"--images={files / 'colour.npz'}", "--num_samples=2"]
-        out = self.run(monkeypatch, model, *given, f"--mask={files / 'mask.png'}", "--seed=3")
-        assert out == tmp_path / "inpaint.png"
-        write_edits(model, tmp_path / "x.png", request_for(files, "inpaint", num_samples=2), seed=3)
-        assert out.read_bytes() == (tmp_path / "x.png").read_bytes()
 
-    def test_hands_on_every_setting(self, monkeypatch, model, tmp_path):
-        asked = {}
-        monkeypatch.setattr(edits, "write_edits", lambda *a, **k: asked.update(vars(a[2]), **k))
-        given = {
-            "edit": "superres",
-            "images": "here",
-            "mask": "mask.png",
-            "num_samples": 7,
-            "factor": 4,
-            "strength": 0.25,
-            "jump_length": 5,
-            "resamplings": 6,
-            "class": 1,
-            "seed": 8,
-            "sample_batch": 9,
-            "out": "x.npz",
-            "workdir": tmp_path,
-        }
-        out = self.run(monkeypatch, model, *(f"--{name}={value}" for name, value in given.items()))
-        assert out == pathlib.Path("x.npz")
-        paths = {name: pathlib.Path(given[name]) for name in ("images", "mask")}
-        for name, value in (given | paths).items():
-            name = {"class": "label", "sample_batch": "batch_size"}.get(name, name)
-            assert name in ("out", "workdir") or asked[name] == value
-
-    @pytest.mark.parametrize("missing", ["workdir", "images"])
-    def test_says_what_is_missing(self, monkeypatch, model, missing):
-        given = [f"--{name}=x" for name in ("workdir", "images") if name != missing]
-        with pytest.raises(UserError, match=f"--{missing} is missing"):
-            self.run(monkeypatch, model, *given)
+def test_arrays_are_edited_like_the_files_that_hold_them(model, files, tmp_path):
+    expected = edited(model, tmp_path, request_for(files, "inpaint"))
+    found = edit_images(model, Request("inpaint", pixels(files), num_samples=3, mask=~KEPT))
+    assert found.keys() == expected.keys()
+    for name in found:
+        np.testing.assert_array_equal(found[name], expected[name])

@@ -85,7 +85,7 @@ class TestRefusals:
 
     @staticmethod
     def refuses(load, workdir):
-        with pytest.raises(UserError, match=f"--workdir={workdir}") as caught:
+        with pytest.raises(UserError, match=f"workdir={workdir}") as caught:
             load(workdir)
         assert "\n" not in str(caught.value)
         return str(caught.value)

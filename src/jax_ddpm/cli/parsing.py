@@ -1,63 +1,166 @@
-"""Reading the command line: whatever is wrong in it, or in a config file, is told in one line."""
+"""From the words of the command line to a command; a mistake in them is one line."""
 
+import contextlib
+import functools
 import pathlib
 import re
-import sys
-import traceback
+from collections.abc import Mapping, Sequence
+from operator import getitem
+from typing import Any, NamedTuple
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from jax_ddpm.cli.arguments import define_sampling
+from jax_ddpm.arguments import check, did_you_mean, kind_of, python_name, words_for
+from jax_ddpm.cli.flags import FLAGS, MODES, OF_A_JOB, define
+from jax_ddpm.errors import UserError
+
+_HELP = {"--help", "-help", "--helpfull", "--helpshort", "-h", "-?"}
+_OVERRIDE = re.compile(r"--?(?:no)?(config|sampling)(?:\.([^=]*))?(?:=|$)")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; what it does not understand is one line and exit code 1."""
-    config = ""
-    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-        name, equals, path = flag.partition("=")
-        if name in ("-config", "--config"):
-            config = path if equals else following
-            if not pathlib.Path(config).is_file():
-                sys.exit(f"error: --config: no file {config!r}; give the path of a config")
-    section = "sampling"
+class Command(NamedTuple):
+    """What is to be done.
+
+    Attributes:
+      mode: a name in ``MODES``.
+      given: the arguments that were given, by their names in Python.
+      job: the flags that say which process of a job this is.
+    """
+
+    mode: str
+    given: Mapping[str, Any]
+    job: Mapping[str, Any] = {}
+
+
+def resolve(words: Sequence[str]) -> Command:
+    """The command that these words, the program's name left out, ask for.
+
+    Raises:
+      UserError: where they ask for nothing that can be done.
+    """
+    chosen, words = _config_of(words)
+    helps = bool(_HELP.intersection(words))
+    if helps:
+        words = [word for word in words if _OVERRIDE.match(word)]
+    sections, name = _sections(chosen, words)
+    values, positional = _parse(words, sections)
+    given: dict[str, Any] = {
+        flag: values[flag].value for flag in FLAGS if flag in values and values[flag].present
+    }
+    for flag, value in given.items():
+        check(flag, value, FLAGS[flag])
+    if "config" in sections:
+        from jax_ddpm.config.reading import Named
+
+        given["config"] = Named(values["config"].value, name)
+    if "sampling" in sections:
+        given["sampling"] = config_flags.get_override_values(values["sampling"])
+    if helps:
+        return Command("help", given)
+
+    mode = given.pop("mode", "train")
+    for name in given:
+        if name not in MODES[mode].takes:
+            fits = [other for other, row in MODES.items() if name in row.takes]
+            raise UserError(
+                f"--{name} does nothing with --mode={mode}: it is for --mode={' or '.join(fits)}"
+            )
+    job = {name: given.pop(name) for name in OF_A_JOB if name in given}
+    if mode == "compare":
+        given["records"] = positional
+    elif positional:
+        raise UserError(f"unexpected argument {positional[0]!r}; flags are written --name=value")
+    return Command(mode, {python_name(name): value for name, value in given.items()}, job)
+
+
+def _config_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What ``--config`` says, and the other words."""
+    chosen, rest, left = None, [], iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "-config"):
+            rest.append(word)
+            continue
+        chosen = value if equals else next(left, None)
+        if not chosen:
+            raise UserError("--config: its value is missing; for example --config=digits")
+    return chosen, rest
+
+
+def _sections(chosen: str | None, words: Sequence[str]) -> tuple[dict[str, ConfigDict], str]:
+    """The sections of whose fields the words may speak, and the name of the config.
+
+    Reading one imports all that can be chosen, so it is left out where there is nothing to read.
+    """
+    sections, name = {}, ""
+    if chosen is not None:
+        from jax_ddpm.config.reading import read_config
+
+        sections["config"], name = read_config(chosen)
+    if any(re.match(r"--?(no)?sampling\b", word) for word in words):
+        sections["sampling"] = _sampling(words)
+    return sections, name
+
+
+def _sampling(words: Sequence[str]) -> ConfigDict:
+    """The section of the run in ``--workdir``, whose modules may add fields, or the usual one."""
+    from jax_ddpm.config import default
+    from jax_ddpm.config.reading import read_config
+
+    workdirs = [word.partition("=")[2] for word in words if re.match("--?workdir=", word)]
+    with contextlib.suppress(UserError, IndexError):  # whoever loads the run says what is wrong
+        return read_config(pathlib.Path(workdirs[-1]) / "config.json").config.sampling
+    return default().sampling
+
+
+def _parse(
+    words: Sequence[str], sections: Mapping[str, ConfigDict]
+) -> tuple[flags.FlagValues, list[str]]:
+    values, argv = define(), ["jax_ddpm", *words]
+    _require_fields(words, sections)
     try:
-        define_sampling(argv)
-        section = "config"
-        return flags.FLAGS(argv)
-    except Exception as error:
-        message = _in_config_file(error, config) or _in_flags(error, section)
-        if message is None:
-            raise
-    sys.exit(f"error: {' '.join(message.split())}")
+        for name, section in sections.items():
+            config_flags.DEFINE_config_dict(name, section, "", values, sys_argv=argv)
+        return values, values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = did_you_mean(f"--{error.flagname}", [f"--{name}" for name in FLAGS])
+        raise UserError(f"--{error.flagname}: unknown flag{near}; --help lists all") from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_illegal(str(error), sections)) from error
+    except flags.Error as error:
+        flag = re.fullmatch(r"Missing value for flag (\S+)", str(error))
+        told = f"{flag[1]}: its value is missing; flags are written --name=value" if flag else error
+        raise UserError(str(told)) from error
 
 
-def _in_config_file(error: Exception, config: str) -> str | None:
-    """Which line of the config file failed, and why."""
-    if isinstance(error, flags.Error):  # absl keeps a TypeError's traceback as its text only
-        told = str(error)
-        reason = told.strip().splitlines()[-1]
-    else:
-        told = "".join(traceback.format_exception(error))
-        reason = f"{type(error).__name__}: {_reason(error)}"
-    lines = re.findall(rf'{re.escape(config)}", line (\d+)', told)
-    if config and lines:
-        return f"{config}, line {lines[-1]}: {reason}"
-    if "has no attribute 'get_config'" in told:
-        return f"{config}: has no function get_config(); see configs/digits.py"
-    return None
+def _require_fields(words: Sequence[str], sections: Mapping[str, ConfigDict]) -> None:
+    """Raises UserError for a field that its section does not have, or that is a section."""
+    for word in words:
+        found = _OVERRIDE.match(word)
+        if not found:
+            continue
+        name, field = found.groups()
+        if name not in sections:
+            raise UserError(f"--config is missing; for example --config=digits {word}")
+        known, parts = sections[name], [] if field is None else field.split(".")
+        for depth, part in enumerate(parts, 1):
+            if not isinstance(known, ConfigDict) or part not in known:
+                near = did_you_mean(part, known) if isinstance(known, ConfigDict) else ""
+                unknown = ".".join(parts[:depth])
+                raise UserError(f"--{name}: unknown field {unknown!r}{near}")
+            known = known[part]
+        if isinstance(known, ConfigDict):
+            inner = ".".join([name, *parts, next(iter(known))])
+            raise UserError(f"{word}: it is a section; set its fields, such as --{inner}")
 
 
-def _in_flags(error: Exception, section: str) -> str | None:
-    if isinstance(error, flags.Error):
-        return f"{error}; --helpfull lists all flags"
-    if isinstance(error, AttributeError | KeyError | ValueError):
-        return f"--{section}: unknown field {_reason(error)}"
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    """What ml_collections says, unwrapped, without its list of all fields."""
-    reason: object = error
-    while isinstance(reason, BaseException) and reason.args:
-        reason = reason.args[0]
-    return re.sub(r"Other fields present: \"\{.*\}\"", "", str(reason))
+def _illegal(told: str, sections: Mapping[str, ConfigDict]) -> str:
+    """What a flag must be, where absl says ``flag --name=value: reason``."""
+    found = re.fullmatch(r"flag --([\w.]+)=(.*?): .*", told, re.DOTALL)
+    assert found is not None
+    name, value = found.groups()
+    *place, field = name.split(".")
+    section: Any = functools.reduce(getitem, place, sections)
+    kind = section.get_type(field) if place else kind_of(FLAGS[field])
+    return f"--{name}={value}: it must be {words_for(kind)}"

@@ -5,8 +5,9 @@ import json
 import pathlib
 import time
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+from jax_ddpm.arguments import did_you_mean
 from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import record
@@ -19,6 +20,18 @@ from jax_ddpm.evaluation.quality import Drawing, Evaluation, measure_quality
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.stopping import Poll, never
 
+KNOWN = ("bpd", "nll", "coding", *METRICS)
+
+
+class Report(NamedTuple):
+    """The record of an evaluation, and where it lies; as text a table of its results."""
+
+    path: pathlib.Path
+    record: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{record.show(self.record)}\n{self.path}"
+
 
 def evaluate(
     what: Evaluation,
@@ -26,11 +39,11 @@ def evaluate(
     folder: pathlib.Path,
     out: pathlib.Path | None = None,
     poll: Poll = never,
-) -> tuple[pathlib.Path, str]:
+) -> Report:
     """Measures, and writes one record: ``out``, or a file in ``folder`` named after its content.
 
-    Curves and pictures lie beside it. Returns its path and a table of the results. Finished parts
-    stay in the cache, so that a killed evaluation goes on from there.
+    Curves and pictures lie beside it. Finished parts stay in the cache, so that a killed evaluation
+    goes on from there.
 
     Raises:
       UserError: where this cannot be measured so.
@@ -62,17 +75,17 @@ def evaluate(
         draw(out.with_suffix(""))
     result["provenance"] = record.provenance(time.perf_counter() - start)
     record.save_record(out, result)
-    return out, record.show(result)
+    return Report(out, result)
 
 
 def _check(what: Evaluation, metrics: list[str]) -> None:
     """Raises UserError for a request that cannot be met, before anything is computed."""
-    known = ("bpd", "nll", "coding", *METRICS)
     for name in metrics:
-        if name not in known:
-            raise UserError(f"--metrics={name}: choose among {', '.join(known)}")
+        if name not in KNOWN:
+            near = did_you_mean(str(name), KNOWN)
+            raise UserError(f"--metrics={name}: choose among {', '.join(KNOWN)}{near}")
     if not metrics:
-        raise UserError(f"--metrics is missing; choose among {', '.join(known)}")
+        raise UserError(f"--metrics is missing; choose among {', '.join(KNOWN)}")
     for name in {"bpd", "nll", "coding"} & set(metrics):
         if what.trained is None or what.samples is not None:
             raise UserError(f"--metrics={name} measures a model: give --workdir, not --samples")

@@ -12,6 +12,12 @@ from jax_ddpm.images import from_levels
 from jax_ddpm.inference.trained_classifier import load_classifier
 from jax_ddpm.interop.torch_file import load_state_dict
 
+KINDS = {
+    "a file": "FID's InceptionV3, by the weights of pytorch-fid's file.",
+    "efficientnet_lite0": "EfficientNet-Lite0 with its ImageNet weights: the default for colour.",
+    "the folder of a run": "A classifier of the same data, for small or gray images.",
+}
+
 
 def make_extractor(choice: str | None, image_shape: tuple[int, int, int]) -> Extractor:
     """The extractor that ``--extractor`` names.

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def provenance(seconds: float) -> dict[str, Any]:
     """
     device = jax.devices()[0]
     return {
-        "command": " ".join(["python -m jax_ddpm.main", *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "git": _git(),
@@ -37,6 +38,13 @@ def provenance(seconds: float) -> dict[str, Any]:
         "device": f"{jax.device_count()} × {device.device_kind}",
         "processor": _processor(),
     }
+
+
+def _command() -> str:
+    program = pathlib.Path(sys.argv[0])
+    ours = program.name == "jax_ddpm" or program.parts[-2:] == ("jax_ddpm", "main.py")
+    started = ["-m", "jax_ddpm.main"] if ours else sys.argv[:1]
+    return shlex.join(["python", *started, *sys.argv[1:]])
 
 
 def save_record(path: pathlib.Path, record: dict[str, Any]) -> None:

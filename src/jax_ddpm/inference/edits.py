@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jax_ddpm import images
+from jax_ddpm.arguments import did_you_mean
 from jax_ddpm.data.decode import UnreadableError, decode
 from jax_ddpm.data.given import given_images
 from jax_ddpm.diffusion import encoding
@@ -45,10 +46,11 @@ class Request:
 
     Attributes:
       edit: a name in ``EDITS``.
-      images: a folder of images or an ``.npz``, of the model's size; for "superres" that, or
-        ``factor`` times smaller.
+      images: a folder of images, an ``.npz`` or an array, of the model's size; for "superres" that,
+        or ``factor`` times smaller.
       num_samples: variants of each image; for "interpolate" images between two, these included.
-      mask: of "inpaint": a gray PNG, white where the images are made anew, black where kept.
+      mask: of "inpaint": a gray PNG, white where the images are made anew, black where kept; or an
+        array, True where they are made anew.
       factor: of "superres".
       strength: of "sdedit" and "interpolate": the fraction of the sampler's steps that are taken,
         from images that have the noise of the first of them.
@@ -58,9 +60,9 @@ class Request:
     """
 
     edit: str
-    images: pathlib.Path
+    images: pathlib.Path | np.ndarray
     num_samples: int = 4
-    mask: pathlib.Path | None = None
+    mask: pathlib.Path | np.ndarray | None = None
     factor: int = 2
     strength: float = 0.5
     jump_length: int = 10
@@ -100,43 +102,81 @@ def write_edits(
     batch_size: int | None = None,
     poll: Poll = never,
 ) -> None:
-    """Writes what is asked for into ``out``, a ``.png`` or an ``.npz``.
+    """Writes what is asked for into ``out``, a ``.png`` or, as ``edit_images`` has it, an ``.npz``.
 
     The picture has a row for each image, or pair of them: the image as the model was told of it,
-    what was made of it, and the pair's other image. The ``.npz`` holds ``given`` ``[n, h, w, c]``
-    and ``images`` ``[rows, columns, h, w, c]``, both uint8, and of "encode" the float32 ``noise``.
-    Variant j of image i depends on (seed, i, j) alone.
+    what was made of it, and the pair's other image.
 
     Raises:
       UserError: where files or settings do not fit each other or the model.
     """
     if out.suffix not in (".png", ".npz") or out.is_dir():
         raise UserError(f"--out={out}: give the name of a .png or an .npz")
-    _check_label(trained.model, request.label)
-    try:
-        edit = EDITS[request.edit](trained.model, request)
-    except ValueError as error:
-        raise UserError(f"--edit={request.edit}: {error}") from error
-    given = _read_images(trained.model, request)
-    if len(given) % edit.together:
-        raise UserError(f"--images={request.images}: {len(given)} images; give pairs of them")
+    edit, given = _prepare(trained.model, request)
     out.parent.mkdir(parents=True, exist_ok=True)
-
-    size = batch_size or trained.config.sampling.batch_size
-    seen = np.asarray(edit.seen(given))
-    rows = np.asarray(given).reshape(-1, edit.together, *given.shape[1:])
-    outputs = _draw(trained, edit, rows, seed, size, poll)
+    arrays = _edit(trained, edit, given, seed, batch_size, poll)
     if out.suffix == ".npz":
-        arrays = outputs | {
-            "given": images.to_uint8(seen),
-            "images": images.to_uint8(outputs["images"]),
-        }
         with replacing(out) as partial, partial.open("wb") as packed:
             np.savez(packed, **arrays)  # type: ignore[arg-type]
         return
-    ends = seen.reshape(rows.shape)
-    shown = np.concatenate([ends[:, :1], outputs["images"], ends[:, 1:]], axis=1)
-    images.save_grid(out, shown.reshape(-1, *given.shape[1:]), columns=shown.shape[1])
+    ends = arrays["given"].reshape(-1, edit.together, *given.shape[1:])
+    shown = np.concatenate([ends[:, :1], arrays["images"], ends[:, 1:]], axis=1)
+    picture = images.grid(shown.reshape(-1, *given.shape[1:]), columns=shown.shape[1])
+    images.save_png(out, picture)
+
+
+def edit_images(
+    trained: Trained,
+    request: Request,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    poll: Poll = never,
+) -> dict[str, np.ndarray]:
+    """What is asked for: ``given`` ``[n, h, w, c]``, as the model was told of it, and ``images``
+    ``[rows, columns, h, w, c]``, both uint8; and of "encode" the float32 ``noise``.
+
+    A row is of an image, or of a pair. Variant j of image i depends on (seed, i, j) alone.
+
+    Raises:
+      UserError: where files or settings do not fit each other or the model.
+    """
+    return _edit(trained, *_prepare(trained.model, request), seed, batch_size, poll)
+
+
+def _prepare(model: Model, request: Request) -> tuple[Edit, Float[Array, "n h w c"]]:
+    """How to edit, and what; all that can be refused is refused here."""
+    if request.edit not in EDITS:
+        near = did_you_mean(str(request.edit), EDITS)
+        raise UserError(f"--edit={request.edit}: it must be one of {', '.join(EDITS)}{near}")
+    _check_label(model, request.label)
+    try:
+        edit = EDITS[request.edit](model, request)
+    except ValueError as error:
+        raise UserError(f"--edit={request.edit}: {error}") from error
+    given = _read_images(model, request)
+    if len(given) % edit.together:
+        raise UserError(
+            f"--images={_told(request.images)}: {len(given)} images; give pairs of them"
+        )
+    return edit, given
+
+
+def _edit(
+    trained: Trained,
+    edit: Edit,
+    given: Float[Array, "n h w c"],
+    seed: int,
+    batch_size: int | None,
+    poll: Poll,
+) -> dict[str, np.ndarray]:
+    rows = np.asarray(given).reshape(-1, edit.together, *given.shape[1:])
+    size = batch_size or trained.config.sampling.batch_size
+    outputs = _draw(trained, edit, rows, seed, size, poll)
+    return outputs | {
+        "given": images.to_uint8(np.asarray(edit.seen(given))),
+        "images": images.to_uint8(outputs["images"]),
+    }
 
 
 def _draw(
@@ -292,7 +332,11 @@ def _check_label(model: Model, label: int | None) -> None:
 def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:
     """In [-1, 1]; gray ones serve a model of colour, and small ones super-resolution."""
     height, width, channels = model.spec.image_shape
-    found = given_images(request.images)
+    found = request.images
+    if isinstance(found, pathlib.Path):
+        found = given_images(found)
+    elif found.dtype != np.uint8 or found.ndim != 4 or not found.size:
+        raise UserError("--images: an array of them must be uint8 [n, height, width, 1 or 3]")
     factor = request.factor
     if request.edit == "superres" and found.shape[1:3] == (height // factor, width // factor):
         found = found.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -300,25 +344,34 @@ def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:
         found = found.repeat(channels, axis=-1)
     if found.shape[1:] != model.spec.image_shape:
         raise UserError(
-            f"--images={request.images}: {_size(found.shape[1:])}; the model makes "
+            f"--images={_told(request.images)}: {_size(found.shape[1:])}; the model makes "
             f"{_size(model.spec.image_shape)}"
         )
     return images.from_levels(jnp.asarray(found), 256)
 
 
-def _read_kept(model: Model, mask: pathlib.Path) -> Bool[np.ndarray, "h w"]:
+def _read_kept(model: Model, mask: pathlib.Path | np.ndarray) -> Bool[np.ndarray, "h w"]:
     """Where the mask is black."""
-    try:
-        pixels = decode(mask.read_bytes(), 0, 1)
-    except (UnreadableError, OSError) as error:
-        raise UserError(f"--mask={mask}: cannot be read ({error}); give a PNG") from error
+    if isinstance(mask, pathlib.Path):
+        try:
+            anew = decode(mask.read_bytes(), 0, 1)[..., 0] >= 128
+        except (UnreadableError, OSError) as error:
+            raise UserError(f"--mask={mask}: cannot be read ({error}); give a PNG") from error
+    elif mask.dtype != bool or mask.ndim != 2:
+        raise UserError("--mask: an array must be of True and False, [height, width]")
+    else:
+        anew = mask
     height, width, _ = model.spec.image_shape
-    if pixels.shape[:2] != (height, width):
+    if anew.shape != (height, width):
         raise UserError(
-            f"--mask={mask}: {pixels.shape[1]}×{pixels.shape[0]} pixels; the model makes "
+            f"--mask={_told(mask)}: {anew.shape[1]}×{anew.shape[0]} pixels; the model makes "
             f"{width}×{height}"
         )
-    return pixels[..., 0] < 128
+    return ~anew
+
+
+def _told(given: pathlib.Path | np.ndarray) -> str:
+    return str(given) if isinstance(given, pathlib.Path) else "array"
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images
+from jax_ddpm.arguments import did_you_mean, is_a, words_for
 from jax_ddpm.config import default
 from jax_ddpm.config.validation import validate_sampling
 from jax_ddpm.data.source import Spec
@@ -85,34 +86,42 @@ class Trained:
         Without a label the classes of a conditional model take turns. ``batch_size`` is by default
         that of ``config.sampling``, at most.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it must be 1 or more")
         size = min(num_samples, batch_size or self.config.sampling.batch_size)
         return images.to_uint8(self.generator(size)(self.params, seed, num_samples, label))
 
 
-def load(
-    workdir: str | pathlib.Path, step: int | None = None, raw: bool = False, **sampling: Any
-) -> Trained:
-    """Reads a run: its averaged (or ``raw``) parameters at ``step``, the newest by default.
+def read(
+    workdir: pathlib.Path, step: int | None, raw: bool, **sampling: Any
+) -> tuple[ConfigDict, Spec, int, str, Any, Companions]:
+    """What ``Trained`` takes: averaged (or ``raw``) parameters at ``step``, the newest by default.
 
-    ``sampling`` overrides fields of that section of its config, such as ``guidance_scale=2.0``.
+    ``sampling`` overrides fields of that section of the run's config, such as ``guidance_scale``.
 
     Raises:
       UserError: where there is no run, no such checkpoint, it is damaged, or this model cannot be
         sampled so.
     """
-    workdir = pathlib.Path(workdir)
     config, spec = load_identity(workdir)
     if not TASKS[config.task].draws:
         raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
-    config.sampling.update(sampling)
+    for name, value in sampling.items():
+        _override(config.sampling, name, value)
     validate_sampling(config)
     item = "params" if raw else "ema"
     step = choose_step(workdir, step, item)
     params = checkpoint.restore_item(workdir, step, item)["network"]
     companions = load_companions(config, spec, workdir, step, item)
-    return Trained(config, spec, step, item, params, companions)
+    return config, spec, step, item, params, companions
+
+
+def _override(section: ConfigDict, name: str, value: Any) -> None:
+    if name not in section:
+        raise UserError(f"--sampling: unknown field {name!r}{did_you_mean(name, section)}")
+    kind = section.get_type(name)
+    left_out = value is None and default().sampling[name] is None
+    if not (left_out or is_a(value, kind)):
+        raise UserError(f"--sampling.{name}={value}: it must be {words_for(kind)}")
+    section[name] = tuple(value) if kind is tuple else value
 
 
 def sampling_record(config: ConfigDict) -> dict[str, Any]:

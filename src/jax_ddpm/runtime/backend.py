@@ -7,6 +7,7 @@ import pathlib
 import platform
 
 _FASTER_ON_CPU = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 # glibc's mallopt parameters (malloc.h), with their values for "never", "no limit" and "none".
 _M_MMAP_MAX, _NEVER = -4, 0
@@ -32,8 +33,8 @@ def set_flags(deterministic: bool = False) -> None:
     known = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 13)  # later ones may refuse it
     if known and not any("ynn_fusion_type" in flag for flag in flags):
         flags.append(_FASTER_ON_CPU)
-    if deterministic:
-        flags.append("--xla_gpu_deterministic_ops=true")
+    if deterministic and _DETERMINISTIC not in flags:
+        flags.append(_DETERMINISTIC)
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 

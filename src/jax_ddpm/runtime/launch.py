@@ -65,7 +65,7 @@ def one_gpu_each(environ: Mapping[str, str], tasks_here: int) -> bool:
 
 
 def join(
-    mode: str,
+    distributed: str = "auto",
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -74,7 +74,7 @@ def join(
     """Makes this process one of its job's; call it before anything touches a device.
 
     Args:
-      mode: "auto" asks SLURM, Open MPI or the TPU runtime for the processes, "manual" takes
+      distributed: "auto" asks SLURM, Open MPI or the TPU runtime for the processes, "manual" takes
         the next three arguments, "off" is for a process on its own.
       coordinator: host:port at which the first process listens.
       patience: seconds that all have to find each other.
@@ -82,12 +82,12 @@ def join(
     Raises:
       UserError: where they would not find each other, or a device would idle.
     """
-    if mode == "manual":
+    if distributed == "manual":
         _join_manually(coordinator, num_processes, process_id, patience)
     elif (coordinator, num_processes, process_id) != (None, None, None):
-        raise UserError(f"--distributed={mode} takes no address; to give one: {_MANUAL}")
+        raise UserError(f"--distributed={distributed} takes no address; to give one: {_MANUAL}")
     else:
-        _join_as_launched(mode, patience)
+        _join_as_launched(distributed, patience)
     if several():
         _require_equal_shares()
         line = topology()

@@ -1,0 +1,177 @@
+"""The arguments of Python and of the command line: what each means and what it must be."""
+
+import difflib
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from jax_ddpm.errors import UserError
+from jax_ddpm.options import OneOf, Option, at_least, between
+
+_KINDS = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "a name"),
+    pathlib.Path: (str | os.PathLike, "a path"),
+    tuple: (tuple | list, "a list"),
+    list: (tuple | list | str, "names, in a list or a line"),
+}
+
+# By the names of their flags. What has no default may be None, that is left out.
+ARGUMENTS = {
+    "workdir": Option(
+        "Folder of the run; for training runs/<config name> by default.", kind=pathlib.Path
+    ),
+    "accept_changes": Option(
+        "Go on with a run although its config or data has changed in meaning.", default=False
+    ),
+    "profile": Option("Write a trace of a few steps into <workdir>/profile.", default=False),
+    "raw": Option("Take the raw parameters, not their average.", default=False),
+    "checkpoint_step": Option("Take the checkpoint of this step; the newest by default.", kind=int),
+    "num_samples": Option(
+        "Images to sample; to make of each in an edit, there 4; for metrics to be given.",
+        at_least(1),
+        100,
+    ),
+    "sample_batch": Option(
+        "Images at a time; by default as in the run's config.", at_least(1), kind=int
+    ),
+    "class": Option("Class to sample; all in turn by default.", kind=int),
+    "seed": Option("Seed of the samples.", between(0, 2**32 - 1), 0),
+    "progressive": Option("Show each image at this many moments of its making.", at_least(1), 1),
+    "out": Option(
+        "Samples: a .png grid, a .gif film, an .npz or a folder. Edits: a .png or an .npz. "
+        "Results: a .json. Moments: an .npz.",
+        kind=pathlib.Path,
+    ),
+    "edit": Option(
+        "What to do to --images: inpaint, colourise, superres, sdedit, interpolate or encode.",
+        default="inpaint",
+    ),
+    "images": Option(
+        "Images to edit: a folder of PNGs or an .npz, of the model's size.", kind=pathlib.Path
+    ),
+    "mask": Option(
+        "For inpaint: a PNG, white where images are made anew and black where kept.",
+        kind=pathlib.Path,
+    ),
+    "factor": Option("For superres: pixels along a block that is known.", default=2),
+    "strength": Option(
+        "For sdedit, interpolate: fraction of the steps taken; 1 keeps least.", default=0.5
+    ),
+    "resamplings": Option("RePaint: how often each stretch of steps is taken.", at_least(1), 1),
+    "jump_length": Option("RePaint: steps in a stretch.", at_least(1), 10),
+    "metrics": Option(
+        "What to measure: bpd, nll, coding, fid, kid, is, prdc, memorisation, agreement.",
+        kind=list,
+    ),
+    "num_seeds": Option("Measure samples of this many seeds, from --seed on.", at_least(1), 1),
+    "samples": Option(
+        "Images to measure: a folder or .npz; by default the model is sampled.",
+        kind=pathlib.Path,
+    ),
+    "reference": Option(
+        "Real images: train, heldout, a folder, an .npz of images or of moments.",
+        default="train",
+        kind=pathlib.Path,
+    ),
+    "extractor": Option(
+        "Network to measure by: efficientnet_lite0, Inception's file, or a run.",
+        kind=pathlib.Path,
+    ),
+    "split": Option(
+        "Of the data: heldout by default for bpd and nll, train for fid_stats.",
+        OneOf(("train", "heldout")),
+        kind=str,
+    ),
+    "num_examples": Option(
+        "Images of the split for bpd and nll, all by default; for --mode=variance 1,000.",
+        at_least(1),
+        kind=int,
+    ),
+    "calibrate": Option("Measure real images as well, as they are and with noise.", default=False),
+    "cache": Option(
+        "Folder of computed samples and features; <workdir>/evaluation/cache.",
+        kind=pathlib.Path,
+    ),
+    "data_path": Option(
+        "Where the run's data lies now; by default where it did.", kind=pathlib.Path
+    ),
+}
+_IN_PYTHON = {
+    "class": "label",
+    "sample_batch": "batch_size",
+    "progressive": "moments",
+    "checkpoint_step": "step",
+}
+_MAY_BE_ARRAYS = ("images", "mask")  # which are looked at where they are read
+_FLAGS = {_IN_PYTHON.get(flag, flag): flag for flag in ARGUMENTS}
+
+
+def python_name(flag: str) -> str:
+    """What Python calls the argument of a flag."""
+    return _IN_PYTHON.get(flag, flag)
+
+
+def require(given: Mapping[str, Any]) -> None:
+    """Checks arguments by their names in Python; those that have no flag are passed over.
+
+    Raises:
+      UserError: naming the first that is not what it must be.
+    """
+    for name in [name for name in given if name in _FLAGS]:
+        flag, value = _FLAGS[name], given[name]
+        left_out = value is None and ARGUMENTS[flag].default is None
+        array = flag in _MAY_BE_ARRAYS and hasattr(value, "__array__")
+        if not (left_out or array):
+            check(flag, value, ARGUMENTS[flag])
+
+
+def check(flag: str, value: Any, option: Option) -> None:
+    """Raises UserError where a flag's argument is not what it must be."""
+    if not is_a(value, kind_of(option)):
+        raise UserError(f"--{flag}={value}: it must be {words_for(kind_of(option))}")
+    if not option.range.holds(value):
+        near = did_you_mean(value, option.range.known) if isinstance(option.range, OneOf) else ""
+        raise UserError(f"--{flag}={value}: it must be {option.range.must_be}{near}")
+
+
+def kind_of(option: Option) -> type:
+    """The type of its values."""
+    return type(option.default) if option.kind is object else option.kind
+
+
+def words_for(kind: type) -> str:
+    """A kind of value in words."""
+    return _KINDS[kind][1]
+
+
+def is_a(value: Any, kind: type) -> bool:
+    """Whether the value is of the kind; True and False are no numbers, a whole number is one."""
+    return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest of those known, if one is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def in_python(line: str) -> str:
+    """A message with its flags as Python's arguments; what is a whole command stays as it is."""
+
+    def spelled(found: re.Match[str]) -> str:
+        flag, equals = found["flag"], found["equals"]
+        if flag is None:
+            return found[0]
+        given = flag not in ARGUMENTS or kind_of(ARGUMENTS[flag]) is not bool or equals
+        return python_name(flag) + (equals if given else "=True")
+
+    command = r"--mode=\S+(?: --[\w.]+=\S+)*"
+    return re.sub(
+        rf"{command}|(?<![\w-])--(?:sampling\.)?(?P<flag>[a-z_]+)(?P<equals>=?)", spelled, line
+    )

@@ -1,0 +1,61 @@
+"""A command carried out in a process of its own: XLA, the job, signals and exit codes."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+
+from absl import logging
+
+from jax_ddpm.cli.flags import MODES
+from jax_ddpm.cli.modes import RUN
+from jax_ddpm.cli.parsing import Command
+from jax_ddpm.errors import UserError
+from jax_ddpm.runtime.stopping import EXIT_CODE, Stopped, StopRequest, never
+
+
+def run(command: Command) -> None:
+    """Prints what comes of the command; a mistake is one line and exit code 1."""
+    logging.set_verbosity(logging.FATAL)  # Orbax logs with tracebacks what it then raises
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    mode, given = RUN[command.mode], dict(command.given)
+    if not MODES[command.mode].on_devices:
+        with one_line():
+            print(mode(given, never))
+        return
+    from jax_ddpm.runtime import backend, distributed
+    from jax_ddpm.runtime.launch import join
+
+    named = given.get("config")
+    backend.set_flags(deterministic=named is not None and named.config.deterministic)
+    backend.keep_memory()
+    backend.keep_compiled()
+    with distributed.ending(), one_line():
+        join(**command.job)
+        with distributed.noticing_loss(), StopRequest() as stop:
+            result = mode(given, distributed.shared_poll(stop.poll))
+        if distributed.is_first():
+            print(result)
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Ends the program with a line of explanation where that is enough."""
+    try:
+        yield
+    except Stopped as signal:
+        print(f"stopped by {signal}; the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was saved before stays valid")
+    except UserError as error:
+        sys.exit(f"error: {error.flags}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'writing failed'}: {error.strerror or error}")
+    except RuntimeError as error:  # XLA's
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            "error: the device is out of memory; raise training.accumulate, set model.remat, or "
+            "lower training.batch_size or --sample_batch; --mode=check estimates what is needed"
+        )

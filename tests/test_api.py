@@ -14,9 +14,11 @@ import tiny
 from ml_collections import ConfigDict
 
 import jax_ddpm
-from jax_ddpm import api, arguments, factory
-from jax_ddpm.api import Run
-from jax_ddpm.arguments import ARGUMENTS, in_python, python_name
+from jax_ddpm import factory
+from jax_ddpm.api import arguments
+from jax_ddpm.api import run as api
+from jax_ddpm.api.arguments import ARGUMENTS, in_python, python_name
+from jax_ddpm.api.run import Run
 from jax_ddpm.config.reading import read_config
 from jax_ddpm.errors import UserError
 from jax_ddpm.images import load_png

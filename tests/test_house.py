@@ -15,7 +15,6 @@ PACKAGE = ROOT / "src" / "jax_ddpm"
 FLOORS = (
     ("errors",),
     ("keys", "options"),
-    ("arguments",),
     ("runtime",),
     ("images",),
     ("diffusion", "models", "data"),

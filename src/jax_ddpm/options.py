@@ -8,10 +8,14 @@ checks and their help are read off such signatures (``of``), and so is what a ca
 """
 
 import contextlib
+import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, TypeVar, get_origin
 
 from jax_ddpm.errors import UserError
@@ -118,9 +122,42 @@ class Option(NamedTuple):
             raise Unfit(name, value, self.range.must_be)
 
 
+_KINDS = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "a name"),
+    pathlib.Path: (str | os.PathLike, "a path"),
+    tuple: (tuple | list, "a list"),
+    list: (tuple | list | str, "names, in a list or a line"),
+}
+
+
+def kind_of(option: Option) -> type:
+    """The type of its values."""
+    return type(option.default) if option.kind is object else option.kind
+
+
+def words_for(kind: type) -> str:
+    """A kind of value in words."""
+    return _KINDS[kind][1]
+
+
+def is_a(value: Any, kind: type) -> bool:
+    """Whether the value is of the kind; True and False are no numbers, a whole number is one."""
+    return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest of those known, if one is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def of(choice: Any) -> dict[str, Option]:
     """The options that a function, a class, or a row's ``make`` declares, by name."""
-    parameters = inspect.signature(getattr(choice, "make", choice)).parameters.values()
+    make = getattr(choice, "make", choice)
+    parameters = inspect.signature(make).parameters.values() if callable(make) else ()
     options = {}
     for parameter in parameters:
         for note in getattr(parameter.annotation, "__metadata__", ()):

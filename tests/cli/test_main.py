@@ -16,7 +16,7 @@ from command import ROOT, mistake, succeeds
 from PIL import Image, ImageSequence
 
 from jax_ddpm import factory
-from jax_ddpm.arguments import ARGUMENTS
+from jax_ddpm.api.arguments import ARGUMENTS
 from jax_ddpm.cli.flags import FLAGS, MODES
 from jax_ddpm.cli.modes import RUN
 from jax_ddpm.config.fields import fields, tables

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from jax_ddpm import factory, images
-from jax_ddpm.arguments import ARGUMENTS
+from jax_ddpm.api.arguments import ARGUMENTS
 from jax_ddpm.diffusion.editing import inpainting, last_steps, perturbed, projected, resampled
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.scan import sample

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from jax_ddpm.arguments import ARGUMENTS, kind_of
-from jax_ddpm.options import OneOf, Option, at_least
+from jax_ddpm.api.arguments import ARGUMENTS
+from jax_ddpm.options import OneOf, Option, at_least, kind_of
 
 
 class Mode(NamedTuple):

@@ -64,8 +64,10 @@ def of_choices() -> str:
     for field, table in tables().items():
         lines.append(f"--config.{field}")
         for name, row in table.items():
-            taken = options.of(row) if callable(getattr(row, "make", row)) else {}
-            lines += _columns(name, ", ".join(taken))
+            lines.append(f"  {name}")
+            for option, declared in options.of(row).items():
+                usual = "" if declared.required else f"={declared.default!r}"
+                lines += _columns(f"  {option}{usual}", declared.meaning)
     for flag, names in (("metrics", KNOWN), ("edit", EDITS), ("config", shipped())):
         lines += [f"--{flag}", *_columns("", ", ".join(names))]
     lines.append("--extractor")

@@ -9,21 +9,21 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.runtime.stopping import Poll
 
 if TYPE_CHECKING:
-    from jax_ddpm.api import Run
+    from jax_ddpm.api.run import Run
 
 Given = dict[str, Any]  # arguments by their names in Python
 
 
 def train(given: Given, poll: Poll) -> object:
     """Trains, and returns the last picture, of a classifier the last checkpoint."""
-    from jax_ddpm import api
+    from jax_ddpm.api import run as api
 
     return api.train(**_with_config(given), poll=poll)
 
 
 def check(given: Given, poll: Poll) -> object:
     """Says whether ``--config`` would train here, without training."""
-    from jax_ddpm import api
+    from jax_ddpm.api import run as api
 
     api.check(**_with_config(given), poll=poll)
     return "ready to train"
@@ -51,7 +51,7 @@ def edit(given: Given, poll: Poll) -> object:
 
 def evaluate(given: Given, poll: Poll) -> object:
     """Measures a run, or images in files, and returns the results as a table."""
-    from jax_ddpm import api
+    from jax_ddpm.api import run as api
 
     example = "--mode=eval --workdir=runs/digits"
     if "workdir" not in given and "samples" not in given:
@@ -67,7 +67,7 @@ def variance(given: Given, poll: Poll) -> object:
 
 def fid_stats(given: Given, poll: Poll) -> object:
     """Writes moments of the features of real images, for ``--reference``."""
-    from jax_ddpm import api
+    from jax_ddpm.api import run as api
 
     if "out" not in given:
         raise UserError("--out is missing; give the name of an .npz, such as --out=cifar10.npz")
@@ -76,7 +76,7 @@ def fid_stats(given: Given, poll: Poll) -> object:
 
 def compare(given: Given, poll: Poll) -> object:
     """Two records side by side."""
-    from jax_ddpm import api
+    from jax_ddpm.api import run as api
 
     records = given["records"]
     if len(records) != 2:
@@ -102,7 +102,7 @@ def _with_config(given: Given) -> Given:
 
 def _load(given: Given, example: str) -> "Run":
     """The run in ``--workdir``; takes from ``given`` what says how to load it."""
-    from jax_ddpm import api
+    from jax_ddpm.api import run as api
 
     if "workdir" not in given:
         raise UserError(f"--workdir is missing; for example {example}")

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jax_ddpm.arguments import check, did_you_mean, kind_of, python_name, words_for
+from jax_ddpm.api.arguments import check, python_name
 from jax_ddpm.cli.flags import FLAGS, MODES, OF_A_JOB, define
 from jax_ddpm.errors import UserError
+from jax_ddpm.options import did_you_mean, kind_of, words_for
 
 _HELP = {"--help", "-help", "--helpfull", "--helpshort", "-h", "-?"}
 _OVERRIDE = re.compile(r"--?(?:no)?(config|sampling)(?:\.([^=]*))?(?:=|$)")

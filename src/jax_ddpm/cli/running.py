@@ -1,6 +1,7 @@
 """A command carried out in a process of its own: XLA, the job, signals and exit codes."""
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -50,6 +51,9 @@ def one_line() -> Iterator[None]:
         sys.exit("interrupted; what was saved before stays valid")
     except UserError as error:
         sys.exit(f"error: {error.flags}")
+    except BrokenPipeError:  # whoever reads has had enough, as in --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"error: {error.filename or 'writing failed'}: {error.strerror or error}")
     except RuntimeError as error:  # XLA's

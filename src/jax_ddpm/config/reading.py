@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jax_ddpm.arguments import did_you_mean
 from jax_ddpm.config.defaults import default
 from jax_ddpm.errors import UserError
+from jax_ddpm.options import did_you_mean
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 

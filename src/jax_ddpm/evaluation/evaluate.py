@@ -7,7 +7,6 @@ import time
 from functools import partial
 from typing import Any, NamedTuple
 
-from jax_ddpm.arguments import did_you_mean
 from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import record
@@ -18,6 +17,7 @@ from jax_ddpm.evaluation.metrics import METRICS
 from jax_ddpm.evaluation.nll import SETTINGS, measure_nll
 from jax_ddpm.evaluation.quality import Drawing, Evaluation, measure_quality
 from jax_ddpm.inference.trained import Trained
+from jax_ddpm.options import did_you_mean
 from jax_ddpm.runtime.stopping import Poll, never
 
 KNOWN = ("bpd", "nll", "coding", *METRICS)

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jax_ddpm import images
-from jax_ddpm.arguments import did_you_mean
 from jax_ddpm.data.decode import UnreadableError, decode
 from jax_ddpm.data.given import given_images
 from jax_ddpm.diffusion import encoding
@@ -34,6 +33,7 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, stream_key
+from jax_ddpm.options import did_you_mean
 from jax_ddpm.runtime import devices
 from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runtime.pipeline import run_ahead

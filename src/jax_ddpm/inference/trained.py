@@ -9,7 +9,6 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images
-from jax_ddpm.arguments import did_you_mean, is_a, words_for
 from jax_ddpm.config import default
 from jax_ddpm.config.validation import validate_sampling
 from jax_ddpm.data.source import Spec
@@ -18,6 +17,7 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Companions
 from jax_ddpm.generate import Generator
 from jax_ddpm.inference.companions import load_companions
+from jax_ddpm.options import did_you_mean, is_a, words_for
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import choose_step, digest
 from jax_ddpm.runs.identity import load_identity

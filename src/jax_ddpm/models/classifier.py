@@ -27,6 +27,7 @@ from jax_ddpm.models.levels import (
     check_levels,
 )
 from jax_ddpm.models.remat import remat
+from jax_ddpm.models.unet import UNet
 
 
 class ResNet(nn.Module):
@@ -39,14 +40,14 @@ class ResNet(nn.Module):
     """
 
     num_classes: int
-    base_channels: BaseChannels = 32
-    channel_multipliers: ChannelMultipliers = (1, 2)
-    num_res_blocks: NumResBlocks = 1
-    attention_resolutions: AttentionResolutions = ()
-    num_groups: NumGroups = 8
-    dropout: Dropout = 0.0
+    base_channels: BaseChannels = UNet.base_channels
+    channel_multipliers: ChannelMultipliers = UNet.channel_multipliers
+    num_res_blocks: NumResBlocks = UNet.num_res_blocks
+    attention_resolutions: AttentionResolutions = UNet.attention_resolutions
+    num_groups: NumGroups = UNet.num_groups
+    dropout: Dropout = UNet.dropout
     dtype: Dtype = jnp.float32
-    remat: Remat = ""
+    remat: Remat = UNet.remat
 
     def check(self, image_shape: tuple[int, int, int] | None = None) -> None:
         """Raises Unfit where options contradict each other, or the shape of the images."""

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from jax_ddpm.arguments import in_python, require
+from jax_ddpm.api.arguments import in_python, require
 from jax_ddpm.config.reading import Named, read_config
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.denoiser import Denoiser

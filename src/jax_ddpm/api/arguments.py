@@ -1,25 +1,21 @@
 """The arguments of Python and of the command line: what each means and what it must be."""
 
-import difflib
-import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from collections.abc import Mapping
 from typing import Any
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.options import OneOf, Option, at_least, between
-
-_KINDS = {
-    int: (Integral, "a whole number"),
-    float: (Real, "a number"),
-    bool: (bool, "True or False"),
-    str: (str, "a name"),
-    pathlib.Path: (str | os.PathLike, "a path"),
-    tuple: (tuple | list, "a list"),
-    list: (tuple | list | str, "names, in a list or a line"),
-}
+from jax_ddpm.options import (
+    OneOf,
+    Option,
+    at_least,
+    between,
+    did_you_mean,
+    is_a,
+    kind_of,
+    words_for,
+)
 
 # By the names of their flags. What has no default may be None, that is left out.
 ARGUMENTS = {
@@ -138,27 +134,6 @@ def check(flag: str, value: Any, option: Option) -> None:
     if not option.range.holds(value):
         near = did_you_mean(value, option.range.known) if isinstance(option.range, OneOf) else ""
         raise UserError(f"--{flag}={value}: it must be {option.range.must_be}{near}")
-
-
-def kind_of(option: Option) -> type:
-    """The type of its values."""
-    return type(option.default) if option.kind is object else option.kind
-
-
-def words_for(kind: type) -> str:
-    """A kind of value in words."""
-    return _KINDS[kind][1]
-
-
-def is_a(value: Any, kind: type) -> bool:
-    """Whether the value is of the kind; True and False are no numbers, a whole number is one."""
-    return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest of those known, if one is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def in_python(line: str) -> str:

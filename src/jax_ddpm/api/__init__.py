@@ -1,0 +1,1 @@
+"""The use from Python: train, load, sample, edit, measure."""

@@ -12,6 +12,7 @@ TINY = {
     "num_classes": 3,
     "base_channels": 8,
     "channel_multipliers": (1, 2),
+    "num_res_blocks": 1,
     "attention_resolutions": (4,),
     "num_groups": 4,
     "dropout": 0.5,

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
+        "compiled",
         "jax_ddpm.main",
         "jax_ddpm.training.preflight",
         "jax_ddpm.inference.sampling",

@@ -1,21 +1,20 @@
-"""Strict settings for every test: shapes checked, rank promotion an error, several devices."""
+"""Strict settings for every test: rank promotion an error, several devices."""
 
-import os
-import tempfile
+import pathlib
 
-# What one test has compiled the others load, also those in processes of their own.
-_COMPILED = tempfile.TemporaryDirectory()
-os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+import compiled
+import jax
 
-import jax  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+COMPILED = pathlib.Path(__file__).parents[1] / ".compiled_cache"
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Every annotated shape and dtype of the package is checked at each call.
-install_import_hook("jax_ddpm", "beartype.beartype")
+
+def pytest_configure(config):
+    from jax_ddpm.runtime.backend import cpu_kind  # not before the types' import hook
+
+    folder = COMPILED / cpu_kind()
+    if not hasattr(config, "workerinput"):
+        compiled.prune(folder)
+    compiled.keep(folder)

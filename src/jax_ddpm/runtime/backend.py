@@ -70,10 +70,14 @@ def keep_compiled() -> None:
 
 
 def _cache() -> pathlib.Path:
-    """One folder for each kind of CPU, because hosts of several kinds may share a home."""
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return root / "jax_ddpm" / cpu_kind()
+
+
+def cpu_kind() -> str:
+    """Names the folder of a cache, because hosts of several kinds may share a home."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     kind = sorted({line for line in lines if line.startswith(("flags", "Features"))})
     digest = hashlib.sha256("".join(kind).encode()).hexdigest()[:8]
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return root / "jax_ddpm" / f"{platform.machine()}-{digest}"
+    return f"{platform.machine()}-{digest}"

@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 
+import compiled  # noqa: F401
 import jax
 import jax.numpy as jnp
 import numpy as np

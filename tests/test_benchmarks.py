@@ -69,18 +69,21 @@ class TestEachPrintsWhatItPromises:
         (row,) = results("forward", *TINY)
         assert row.keys() >= SETTING | RATE | {"seconds", "gflop_per_image"}
 
+    @pytest.mark.slow
     def test_train_step(self, results):
         (row,) = results("train_step", *TINY, "training.steps_per_dispatch=2")
         assert row.keys() >= SETTING | RATE | {"seconds", "gflop_per_image"}
         assert row["steps"] == 2
         assert row["steps_per_second"] == pytest.approx(2 / row["seconds"])
 
+    @pytest.mark.slow
     def test_sampling(self, results):
         (row,) = results("sampling", *TINY, "--sampler=dpmpp_2m")
         assert row.keys() >= SETTING | RATE | {"seconds", "sampler"}
         assert (row["steps"], row["timed_steps"], row["evaluations"]) == (15, 15, 15)
         assert "projected_seconds" not in row
 
+    @pytest.mark.slow
     def test_sampling_of_fewer_steps_says_so(self, results):
         (row,) = results("sampling", *TINY, "--timed_steps=4")
         assert (row["steps"], row["timed_steps"], row["evaluations"]) == (1000, 4, 4)
@@ -100,11 +103,13 @@ class TestEachPrintsWhatItPromises:
         assert row.keys() >= SETTING | {"remat", "planned_gigabytes"}
         assert row["peak_gigabytes"] > 0
 
+    @pytest.mark.slow
     def test_checkpoint(self, results, tmp_path):
         (row,) = results("checkpoint", *TINY, f"--folder={tmp_path}")
         seconds = {f"{part}_seconds" for part in ("step", "written", "blocked", "stall")}
         assert row.keys() >= SETTING | seconds | {"stall_steps", "gigabytes"}
 
+    @pytest.mark.slow
     def test_input_pipeline(self, results):
         rows = results("input_pipeline", *TINY, "data.source=folder")
         assert [row["feed"] for row in rows] == ["resident", "streamed", "decoded"]
@@ -168,6 +173,7 @@ class TestSettings:
             setting.measure_each(setting.make_parser("").parse_args(TINY), measure)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # PyTorch's and diffusers' own
 class TestPeer:
     @pytest.fixture(autouse=True)
@@ -206,6 +212,7 @@ class TestPeer:
         assert program.launch() > program.launch()
 
 
+@pytest.mark.slow
 class TestFeatures:
     def test_print_what_they_promise(self, results):
         pytest.importorskip("pytorch_fid")

@@ -18,6 +18,8 @@ from jax_ddpm.models.network import Network
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runtime.stopping import EXIT_CODE
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [
     f"--config={ROOT / 'configs' / 'digits_conditional.py'}",
     "--config.process.num_timesteps=4",
@@ -137,7 +139,6 @@ def by_two(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
 def test_two_processes_do_what_one_does(by_one, by_two):
     assert_same_run(by_two, by_one, exactly=False)
     names = [{path.name for path in workdir.iterdir()} for workdir in (by_one, by_two)]
@@ -149,7 +150,6 @@ def test_two_processes_do_what_one_does(by_one, by_two):
     }, "each has written its part"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_is_killed_and_the_job_goes_on_exactly(by_two, tmp_path, victim):
     workdir = tmp_path / "run"
@@ -165,7 +165,6 @@ def test_one_is_killed_and_the_job_goes_on_exactly(by_two, tmp_path, victim):
     assert_same_run(workdir, by_two, exactly=True)
 
 
-@pytest.mark.slow
 def test_one_is_asked_to_stop_and_another_number_of_processes_goes_on(by_one, tmp_path):
     workdir = tmp_path / "run"
     runs = train(workdir, 4, 1, "--config.fsdp=2")
@@ -182,7 +181,6 @@ def test_one_is_asked_to_stop_and_another_number_of_processes_goes_on(by_one, tm
     assert_same_run(workdir, by_one, exactly=False)
 
 
-@pytest.mark.slow
 def test_samples_and_measurements_are_those_of_one_process(by_one, tmp_path):
     """Their number is not a multiple of the devices."""
     run = f"--workdir={by_one}"
@@ -204,7 +202,6 @@ def test_samples_and_measurements_are_those_of_one_process(by_one, tmp_path):
     assert measures[1]["result"]["value"] == pytest.approx(measures[0]["result"]["value"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_check_is_said_once(tmp_path):
     text = succeeds(tmp_path / "out", 2, 2, "--mode=check", *FLAGS, f"--workdir={tmp_path / 'run'}")
     assert "devices       4 × cpu\n" in text

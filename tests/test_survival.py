@@ -20,6 +20,8 @@ from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.manifest import verify
 from jax_ddpm.runtime.stopping import EXIT_CODE
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [
     f"--config={ROOT / 'configs' / 'digits_conditional.py'}",
     "--config.process.num_timesteps=4",
@@ -73,7 +75,6 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
 def test_killed_again_and_again(undisturbed, tmp_path):
     """By SIGKILL, or asked by SIGTERM or SIGINT, at any moment: also before the first step, while
     evaluating, while saving, and while stopping."""

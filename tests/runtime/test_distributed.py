@@ -74,7 +74,7 @@ def agree():
     assert from_first(lambda: 1) == 1
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_what_the_first_process_decides_holds_for_all(tmp_path, count, devices):
     succeeds(joined(tmp_path, count, devices, agree))
 
@@ -87,6 +87,7 @@ def write(workdir):
     assert (workdir / "log").read_text() == "0"
 
 
+@pytest.mark.slow
 def test_files_of_the_first_process_alone_are_kept(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
@@ -99,6 +100,7 @@ def claim(workdir):
         pass
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_taken_is_refused_to_all(tmp_path):
     with claimed(tmp_path / "run"):
         succeeds(joined(tmp_path, 2, 1, functools.partial(claim, tmp_path / "run")))
@@ -125,6 +127,7 @@ def poll_amid_work(signalled):
         print(request, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
 def test_a_request_to_one_process_stops_all_at_the_same_call(tmp_path, count, devices):
     work = functools.partial(poll_amid_work, {count - 1: 200, 0: 203})
@@ -135,6 +138,7 @@ def test_a_request_to_one_process_stops_all_at_the_same_call(tmp_path, count, de
     assert 200 <= int(call) <= 210, "soon"
 
 
+@pytest.mark.slow
 def test_without_a_request_all_go_on(tmp_path):
     assert succeeds(joined(tmp_path, 2, 1, functools.partial(poll_amid_work, {}))) == ["", ""]
 
@@ -177,6 +181,7 @@ def broken():
     raise ZeroDivisionError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "count", "code", "message"),
     [
@@ -193,6 +198,7 @@ def test_all_end_soon_after_one_has(tmp_path, how, count, code, message):
     assert all(map(tells_of_another, results)), results
 
 
+@pytest.mark.slow
 def test_all_end_soon_after_the_first_has_been_killed(tmp_path):
     results = joined(tmp_path, 4, 1, functools.partial(fail, killed, 0)).results()
     assert all(map(tells_of_another, results[1:])), results
@@ -204,6 +210,7 @@ def end_before_the_other_fails():
         raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_who_is_done_waits_for_the_others_to_fail(tmp_path):
     done, failed = joined(tmp_path, 2, 1, end_before_the_other_fails).results()
     assert tells_of_another(done)
@@ -215,6 +222,7 @@ def make_the_same_mistake():
     raise SystemExit("error: a mistake")
 
 
+@pytest.mark.slow
 def test_a_mistake_of_all_is_told_by_all(tmp_path):
     for result in joined(tmp_path, 2, 1, make_the_same_mistake).results():
         assert (result.returncode, result.stdout) == (1, "")
@@ -226,6 +234,7 @@ def stop(seconds):
     raise SystemExit(EXIT_CODE)
 
 
+@pytest.mark.slow
 def test_a_stop_is_no_failure(tmp_path):
     results = joined(tmp_path, 2, 1, functools.partial(stop, 1)).results()
     assert [result.returncode for result in results] == [EXIT_CODE] * 2

@@ -158,6 +158,7 @@ def open_mpi(job, rank):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [slurm, open_mpi])
 def test_tasks_find_each_other(tmp_path, launcher):
     job = str(random.randrange(10**6))  # of which the port is made
@@ -177,6 +178,7 @@ def told(result):
     return line
 
 
+@pytest.mark.slow
 def test_without_the_others_it_gives_up(tmp_path):
     address = (f"localhost:{free_port()}", 2)
     works = [functools.partial(meet, {}, *address, 0, patience=2)]
@@ -184,6 +186,7 @@ def test_without_the_others_it_gives_up(tmp_path):
     assert told(result).startswith("error: after 2 s some processes of this job have not come")
 
 
+@pytest.mark.slow
 def test_a_launcher_that_jax_does_not_know_is_told_how_to_go_on(tmp_path):
     """Newer versions of Open MPI do not say where the coordinator is."""
     environ = open_mpi("1", 0)
@@ -193,6 +196,7 @@ def test_a_launcher_that_jax_does_not_know_is_told_how_to_go_on(tmp_path):
     assert "--distributed=manual --coordinator=host:port" in told(result)
 
 
+@pytest.mark.slow
 def test_processes_with_unequal_shares_are_an_error(tmp_path):
     address = (f"localhost:{free_port()}", 2)
     works = [functools.partial(meet, {}, *address, index) for index in range(2)]

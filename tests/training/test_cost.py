@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 
+import compiled  # noqa: F401
 import jax
 import jax.numpy as jnp
 import pytest
@@ -94,7 +95,7 @@ def compare(network, layout):
 
 
 @pytest.fixture(scope="module", params=["dense", pytest.param("unet", marks=pytest.mark.slow)])
-def compiled(request):
+def compared(request):
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",
         # Less work on machine code; collectives, arithmetic and memory stay what they are.
@@ -107,11 +108,11 @@ def compiled(request):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_collectives_carry_the_bytes_that_are_predicted(compiled, layout):
+def test_collectives_carry_the_bytes_that_are_predicted(compared, layout):
     """Scalars come on top, while biases that have the same gradient are summed once for both, and
     what no backward pass needs, as the first layer of the time, is not gathered again."""
     predicted, found = (
-        {tuple(each): volume for *each, volume in compiled[layout][name]}
+        {tuple(each): volume for *each, volume in compared[layout][name]}
         for name in ("predicted", "compiled")
     )
     for each in predicted.keys() | found.keys():
@@ -121,11 +122,11 @@ def test_collectives_carry_the_bytes_that_are_predicted(compiled, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_state_takes_the_bytes_that_are_predicted(compiled, layout):
+def test_the_state_takes_the_bytes_that_are_predicted(compared, layout):
     """Beside it there are the images, the counters and the key."""
-    found = compiled[layout]
+    found = compared[layout]
     assert 0 <= found["argument_bytes"] - found["state_bytes"] < 1000
-    assert found["checkpoint_bytes"] == compiled["data"]["state_bytes"]
+    assert found["checkpoint_bytes"] == compared["data"]["state_bytes"]
 
 
 def abstract(*shape):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from layouts import LAYOUTS
 
+pytestmark = pytest.mark.slow
+
 TESTS = pathlib.Path(__file__).parents[1]
 SHARED = [layout for layout in LAYOUTS if layout != "single"]
 
@@ -31,7 +33,6 @@ def results(request, tmp_path_factory):
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", SHARED)
 def test_twenty_steps_end_the_same(results, layout):
     """Within round-off, which Adam magnifies where a gradient is near 0."""
@@ -43,7 +44,6 @@ def test_twenty_steps_end_the_same(results, layout):
     assert np.abs(single["params"]).max() > 0.1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_state_takes_its_share_of_memory(results, layout):
     """What the compiled program is given: each large array over the devices that share it.
@@ -57,7 +57,6 @@ def test_the_state_takes_its_share_of_memory(results, layout):
     assert 0 <= found["argument_bytes"] - state < 3000
 
 
-@pytest.mark.slow
 def test_devices_that_share_the_state_hold_less_beside_it(results):
     """Gradients are scattered, and the whole network is not kept for the backward pass."""
     assert results["fsdp"]["temp_bytes"] < 0.85 * results["data"]["temp_bytes"]

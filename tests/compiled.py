@@ -10,7 +10,7 @@ import pathlib
 import jax
 from jax._src.lru_cache import LRUCache
 
-_LARGEST = 3 * 2**30  # bytes, of which one run fills about a fifth
+_LARGEST = 2**30  # bytes, a multiple of what one run fills
 
 
 def keep(folder: pathlib.Path) -> None:
@@ -25,31 +25,30 @@ def keep(folder: pathlib.Path) -> None:
 
 
 def prune(folder: pathlib.Path) -> None:
-    """Removes what was not used for longest. No other process may be using the folder."""
+    """Removes what was not used for longest."""
     used = [(entry.stat(), entry) for entry in folder.glob("*")]
     left = sum(stat.st_size for stat, _ in used) - _LARGEST
     for stat, entry in sorted(used, key=lambda pair: pair[0].st_mtime):
         if left <= 0:
             return
-        entry.unlink()
+        entry.unlink(missing_ok=True)
         left -= stat.st_size
 
 
 def _put(self, key, value):
-    final = pathlib.Path(self.path) / f"{key}-cache"
-    part = final.with_name(f"{key}-{os.getpid()}")
+    entry = pathlib.Path(self.path) / f"{key}-cache"
+    part = entry.with_suffix(f".{os.getpid()}")
     part.write_bytes(value)
-    part.replace(final)
+    part.replace(entry)
 
 
 def _get(self, key):
     entry = pathlib.Path(self.path) / f"{key}-cache"
     try:
-        value = entry.read_bytes()
         os.utime(entry)
+        return entry.read_bytes()
     except FileNotFoundError:
         return None
-    return value
 
 
 LRUCache.put, LRUCache.get = _put, _get

@@ -51,7 +51,7 @@ def test_every_name_is_its_time_sampler(process, name, expected):
         loss__time_std=1.6,
     )
     validate(config, 1)
-    actual = make_time_sampler(config, make_process(**config.process))
+    actual = make_time_sampler(config, make_process(config))
     assert type(actual) is type(expected)
     assert actual == expected
 

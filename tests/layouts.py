@@ -68,7 +68,6 @@ def run(layout, folder):
         "losses": losses,
         "state_sizes": sizes,
         "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
     }
 
 

@@ -49,7 +49,7 @@ ARGUMENTS = {
         default="inpaint",
     ),
     "images": Option(
-        "Images to edit: a folder of PNGs or an .npz, of the model's size.", kind=pathlib.Path
+        "Images to edit: a folder of them or an .npz, of the model's size.", kind=pathlib.Path
     ),
     "mask": Option(
         "For inpaint: a PNG, white where images are made anew and black where kept.",

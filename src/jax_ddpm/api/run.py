@@ -184,7 +184,7 @@ class Run(Trained):
         """Edited images as arrays: see ``inference.edits.edit_images``.
 
         Args:
-          images: a folder of PNGs, an ``.npz``, or uint8 ``[n, height, width, channels]``.
+          images: a folder of images, an ``.npz``, or uint8 ``[n, height, width, channels]``.
           edit: "inpaint", "colourise", "superres", "sdedit", "interpolate" or "encode".
           mask: of "inpaint", a PNG, white where images are made anew, or an array, True there.
           settings: ``num_samples``, ``factor``, ``strength``, ``jump_length``, ``resamplings`` and

@@ -132,17 +132,26 @@ def test_batches_may_stream(run, finished, tmp_path):
     assert_same_run(tmp_path, finished)
 
 
+@pytest.fixture(scope="module")
+def begun(run, tmp_path_factory):
+    """A run that was stopped after its first step."""
+    workdir = tmp_path_factory.mktemp("begun")
+    with pytest.raises(Stopped):
+        run(workdir, poll=StopAtCall(1))
+    return workdir
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"parallel": "pmap"}, {"fsdp": 2}, {"training__steps_per_dispatch": 2}],
     ids=["pmap", "fsdp", "dispatch"],
 )
-def test_goes_on_however_steps_are_compiled(run, finished, tmp_path, fields):
+def test_goes_on_however_steps_are_compiled(run, begun, finished, tmp_path, fields):
     """It is not part of what a run is; sums are rounded differently."""
-    with pytest.raises(Stopped):
-        run(tmp_path, poll=StopAtCall(1))
-    run(tmp_path, **fields)
-    (step, state), (expected_step, expected) = last_state(tmp_path), last_state(finished)
+    workdir = tmp_path / "run"
+    shutil.copytree(begun, workdir)
+    run(workdir, **fields)
+    (step, state), (expected_step, expected) = last_state(workdir), last_state(finished)
     assert step == expected_step
     for item in ("params", "ema"):
         jax.tree.map(

@@ -157,8 +157,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def of(choice: Any) -> dict[str, Option]:
     """The options that a function, a class, or a row's ``make`` declares, by name."""
     make = getattr(choice, "make", choice)
-    parameters = inspect.signature(make).parameters.values() if callable(make) else ()
+    return dict(_declared(make)) if callable(make) else {}
+
+
+@functools.cache
+def _declared(make: Callable) -> dict[str, Option]:
     options = {}
+    parameters = inspect.signature(make).parameters.values()
     for parameter in parameters:
         for note in getattr(parameter.annotation, "__metadata__", ()):
             if isinstance(note, Option):
@@ -172,6 +177,12 @@ def of(choice: Any) -> dict[str, Option]:
                     required=not given,
                 )
     return options
+
+
+def check_options(made: Any) -> None:
+    """Raises Unfit where an option of a dataclass is out of its range; for ``__post_init__``."""
+    for name, option in of(type(made)).items():
+        option.check(name, getattr(made, name))
 
 
 Call = TypeVar("Call", bound=Callable)

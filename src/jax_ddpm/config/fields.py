@@ -5,18 +5,19 @@ from typing import Any
 
 from jax_ddpm import options
 from jax_ddpm.data.table import SOURCES
+from jax_ddpm.diffusion.guidance import RescaledGuidance
 from jax_ddpm.diffusion.losses import OWN_TARGET, WEIGHTINGS
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.processes import CONTINUOUS, PROCESSES
 from jax_ddpm.diffusion.samplers.grid import GRIDS
 from jax_ddpm.diffusion.samplers.table import SAMPLERS
+from jax_ddpm.diffusion.thresholding import ThresholdedDenoiser
 from jax_ddpm.models.table import CLASSIFIERS, NETWORKS
 from jax_ddpm.options import (
     OneOf,
     Option,
     Table,
     Where,
-    between,
     fraction,
     noise_levels,
     not_negative,
@@ -183,11 +184,7 @@ _SAMPLING = {
     "num_samples": Option("Images of the pictures in training.", positive, 64),
     "batch_size": Option("Images at a time.", positive, 64),
     "clip": Option("The predicted x_0 to [-1, 1] in every step.", default=True),
-    "dynamic_threshold": Option(
-        "Or by this quantile of |x_0| (Imagen's: 0.995).",
-        Where(between(0, 1).test, "a quantile, 0 to 1"),
-        0.0,
-    ),
+    "dynamic_threshold": options.of(ThresholdedDenoiser)["quantile"]._replace(default=0.0),
     "sampler": Option("The method.", OneOf(SAMPLERS), "ancestral"),
     "num_steps": Option("Steps; 0: all of a chain.", default=0),
     "grid": Option("How steps are spaced; '': the sampler's usual.", OneOf(GRIDS, also=("",)), ""),
@@ -204,9 +201,7 @@ _SAMPLING = {
     "guidance_interval": Option(
         "Noise levels σ/α where it guides; (): everywhere.", noise_levels, ()
     ),
-    "guidance_rescale": Option(
-        "φ of Lin et al. 2024.", Where(between(0, 1).test, "from 0 to 1"), 0.0
-    ),
+    "guidance_rescale": options.of(RescaledGuidance)["phi"]._replace(default=0.0),
     "guide": Option("Workdir of the classifier, or of the worse model.", default=""),
     "guide_step": Option("Of its checkpoint; 0: the newest.", default=0),
     "negative_class": Option("To be guided away from.", kind=int),

@@ -16,7 +16,7 @@ the guided model.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from jaxtyping import Array, Float
 from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
 from jax_ddpm.diffusion.parameterisation import Parameterisation, Prediction
 from jax_ddpm.diffusion.process import Process, expand, noise_between
+from jax_ddpm.options import Option, between, check_options
+
+Phi = Annotated[float, Option("φ of Lin et al. 2024: 0 leaves the contrast.", between(0, 1))]
 
 
 @runtime_checkable
@@ -246,11 +249,10 @@ class RescaledGuidance:
 
     guidance: Any
     process: Process = dataclasses.field(metadata={"static": True})
-    phi: float = dataclasses.field(metadata={"static": True})
+    phi: Phi = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.phi <= 1:
-            raise ValueError(f"phi is {self.phi}; it must be in [0, 1]")
+        check_options(self)
 
     @property
     def denoiser(self) -> Any:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import Process, expand
-from jax_ddpm.options import OneOf, Option, Unfit, positive
+from jax_ddpm.options import OneOf, Option, Unfit, check_options, positive
 
 
 class Target(NamedTuple):
@@ -150,7 +150,8 @@ class Parameterisation:
     variance: VarianceOutput = "none"
 
     def __post_init__(self):
-        """Raises Unfit where the process has no such target or variance."""
+        """Raises Unfit where an option is out of range, or the process has no such thing."""
+        check_options(self)
         of_chain = isinstance(self.process, Chain)
         if self.target == "posterior_mean" and not of_chain:
             raise Unfit("target", self.target, "another one: without a chain there is none")

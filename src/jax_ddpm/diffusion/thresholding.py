@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from jaxtyping import Array, Float
 from jax_ddpm.diffusion.denoiser import Conditioning
 from jax_ddpm.diffusion.parameterisation import Prediction
 from jax_ddpm.diffusion.process import Process, expand, noise_between
+from jax_ddpm.options import Option, between, check_options
+
+Quantile = Annotated[float, Option("Quantile of |x_0| that limits it: 0.995.", between(0, 1))]
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +51,10 @@ class ThresholdedDenoiser:
 
     denoiser: Any
     process: Process = dataclasses.field(metadata={"static": True})
-    quantile: float = dataclasses.field(metadata={"static": True})
+    quantile: Quantile = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.quantile <= 1:
-            raise ValueError(f"quantile is {self.quantile}; it must be in [0, 1]")
+        check_options(self)
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""From config to parts, the one place where they meet."""
+"""From config to parts: the one place where they meet."""
 
 import inspect
 import operator
@@ -44,7 +44,7 @@ from jax_ddpm.options import OneOf, Table, naming, require, taken
 
 
 def make_source(config: ConfigDict) -> Source:
-    """The data set that a config says."""
+    """The data set of a config."""
     row = SOURCES[config.data.source]
     return row(**taken(row, config.data))
 
@@ -56,7 +56,7 @@ def make_process(config: ConfigDict) -> Process:
 
 
 def make_parameterisation(config: ConfigDict) -> Parameterisation:
-    """What the network is fed and gives, in the process of training."""
+    """The meaning of the network's input and output, in the process of training."""
     fields, process = config.parameterisation, make_process(config)
     length = process.num_timesteps if isinstance(process, Chain) else 1
     learned = fields.variance in ("learned", "learned_range")
@@ -75,12 +75,12 @@ def make_module(
     image_shape: tuple[int, int, int] | None = None,
     **given: Any,
 ) -> nn.Module:
-    """The network that ``config.model`` says, of a table whose first row is the usual one.
+    """The network of ``config.model``, from a table whose first row is the default.
 
-    ``given`` is what a network gets from the model, as far as it has such attributes.
+    ``given`` holds what the model passes to a network that has attributes of these names.
 
     Raises:
-      UserError: where it is no network of the table, or does not fit the options or the images.
+      UserError: where the table has no such network, or it does not fit the options or the images.
     """
     name = config.model.name or next(iter(networks))
     require(config, "model.name", lambda _: name in networks, f"{OneOf(networks).must_be} here")
@@ -100,13 +100,13 @@ def make_module(
 
 
 class Companions(NamedTuple):
-    """What sampling takes from elsewhere than the model's own parameters.
+    """What sampling needs beside the model's own parameters.
 
     Attributes:
       guide: a worse denoiser for autoguidance, or log p(label | x_t) for classifier guidance.
-      num_classes: of that classifier.
+      num_classes: the classes of that classifier.
       x0_error: the statistic of the optimal variance.
-      record: which guide it is, as JSON.
+      record: the guide's identity, as JSON.
     """
 
     guide: Any = None
@@ -119,13 +119,13 @@ ALONE = Companions()
 
 
 class Model:
-    """What training and sampling share: the process, the network and what its output means.
+    """What training and sampling share: the process, the network and the meaning of its output.
 
     Attributes:
-      process, parameterisation, network: of training.
-      num_classes: that the network is told of.
-      label_classes: that samples may be asked for, also where only a classifier guides to them.
-      sampling_process: that the sampler runs in, the same unless ``sampling.process`` says another.
+      process, parameterisation, network: those of training.
+      num_classes: the classes that the network is told, or 0.
+      label_classes: the classes that samples can have, also where only a classifier guides to them.
+      sampling_process: the sampler's process, the trained one unless ``sampling.process`` is set.
     """
 
     def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
@@ -168,7 +168,7 @@ class Model:
         """The process, for what only a T-step chain has.
 
         Raises:
-          UserError: where it is one of continuous time.
+          UserError: where the process has continuous time.
         """
         if isinstance(self.process, Chain):
             return self.process
@@ -179,7 +179,7 @@ class Model:
     def denoiser(self, params: Any, clip: bool | None = None) -> Denoiser:
         """The network with these parameters, as likelihoods see it.
 
-        ``clip`` the predicted x_0 to [-1, 1]: by default as ``sampling.clip`` says.
+        ``clip`` limits the predicted x_0 to [-1, 1]; its default is ``sampling.clip``.
         """
         denoiser = NetworkDenoiser(params, self.network.apply, self.parameterisation)
         clip = self._sampling.clip if clip is None else clip
@@ -222,20 +222,20 @@ class Model:
         return make_grid(self._sampling, self.sampling_process)
 
     def sampler(self, grid: Grid | None = None) -> Sampler:
-        """What ``sampling`` says, down its own grid or another."""
+        """The sampler of ``sampling``, down its own grid or another."""
         return make_sampler(
             self._sampling, grid or self.grid(), self.variance, self._companions.x0_error
         )
 
 
 def make_sampling_process(config: ConfigDict, trained: Process) -> Process:
-    """The process to sample in, the trained one unless ``sampling.process`` says another."""
+    """The process to sample in, the trained one unless ``sampling.process`` is set."""
     name = config.sampling.process
     return processes.over_the_range_of(trained, name) if name else trained
 
 
 def make_grid(sampling: ConfigDict, process: Process) -> Grid:
-    """Where the section ``sampling`` leads, from noise to clean data."""
+    """The grid of the section ``sampling``, from noise to clean data."""
     with naming("sampling"):
         if sampling.times:
             return to_clean(process, np.array(sampling.times, float))
@@ -249,7 +249,7 @@ def make_grid(sampling: ConfigDict, process: Process) -> Grid:
 def make_sampler(
     sampling: ConfigDict, grid: Grid, variance: ModelVariance, x0_error: X0Error | None
 ) -> Sampler:
-    """The sampler down a grid, of a model of that variance or with the optimal one."""
+    """The sampler down a grid, with the model's own variance or the optimal one."""
     row = SAMPLERS[sampling.sampler]
     given = taken(row, sampling)
     options: dict[str, Any] = {k: v for k, v in given.items() if v not in (None, ())}

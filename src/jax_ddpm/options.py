@@ -1,10 +1,10 @@
-"""Options: what a choice can be told, declared once, in the signature of what takes it.
+"""Options: the settings of a choice, declared once, in the signature that takes them.
 
     def ddim(grid, eta: Annotated[float, Option("Fresh noise.", between(0, 1))] = 0.0): …
 
 declares an option ``eta`` with its meaning, its range and its default. The config's fields, their
-checks and their help are read off such signatures (``of``), and so is what a call itself refuses
-(``checked``). Choices of one kind stand in a ``Table``.
+checks and their help are read off such signatures (``of``), and so are the refusals of a direct
+call (``checked``). Choices of one kind stand in a ``Table``.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ class Unfit(ValueError):
 
 
 class Range(Protocol):
-    """What values an option can have."""
+    """The values that an option can have."""
 
     @property
     def must_be(self) -> str:
-        """What follows "it must be"."""
+        """The words after "it must be"."""
         ...
 
     def holds(self, value: Any) -> bool:
@@ -52,7 +52,7 @@ class Where(NamedTuple):
 
 
 class OneOf(NamedTuple):
-    """The names in a table, which may grow, after others that are always there."""
+    """Names that are always there, then those of a table, which may grow."""
 
     known: Mapping[str, Any] | tuple[str, ...]
     also: tuple[str, ...] = ()
@@ -100,13 +100,12 @@ class Option(NamedTuple):
     """One option.
 
     Attributes:
-      meaning: in a line, for help.
-      range: what it can be.
-      default: of a field of the config; of a signature's option that of the parameter, if it has
-        one.
-      free: it may differ when a run resumes, because it does not decide what is trained.
+      meaning: one line, for help.
+      range: the values that it can have.
+      default: that of the config's field; for a signature's option, that of the parameter, if any.
+      free: whether it may differ when a run resumes, because it does not decide what is trained.
       kind: its type.
-      required: a signature's option that has no default: it must be given.
+      required: whether it must be given: a signature's option without a default.
     """
 
     meaning: str
@@ -144,12 +143,12 @@ def words_for(kind: type) -> str:
 
 
 def is_a(value: Any, kind: type) -> bool:
-    """Whether the value is of the kind; True and False are no numbers, a whole number is one."""
+    """Whether the value is of the kind; True and False are no numbers, an int is a float."""
     return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest of those known, if one is near."""
+    """The end of a message about an unknown name: the nearest known name, if one is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -189,7 +188,7 @@ Call = TypeVar("Call", bound=Callable)
 
 
 def checked(make: Call) -> Call:
-    """The function, refusing options out of their range by Unfit."""
+    """The function, which raises Unfit for options out of their range."""
     options, signature = of(make), inspect.signature(make)
 
     @functools.wraps(make)
@@ -203,7 +202,7 @@ def checked(make: Call) -> Call:
 
 
 class Table(dict[str, Any]):
-    """Choices of one kind by name, to which a user's own module may add; no name is given twice."""
+    """Choices of one kind by name; a user's own module may add some. No name is given twice."""
 
     def __setitem__(self, name: str, row: Any) -> None:
         if name in self:
@@ -212,7 +211,7 @@ class Table(dict[str, Any]):
 
 
 def taken(choice: Any, options: Any) -> dict[str, Any]:
-    """Those of the options, a mapping or a section of a config, that the choice takes."""
+    """The options, from a mapping or a section of a config, that the choice takes."""
     names = of(choice)
     return {name: value for name, value in options.items() if name in names}
 
@@ -231,9 +230,9 @@ def require(config: Any, field: str, holds: Callable[[Any], bool], must_be: str)
 
 @contextlib.contextmanager
 def naming(section: str, under: str = "") -> Iterator[None]:
-    """Where what a section of a config asks for cannot be built, a UserError names the field.
+    """Turns what cannot be built from a section of a config into a UserError naming the field.
 
-    ``under`` is the choice that it depends on.
+    ``under`` is the choice that the field depends on.
     """
     try:
         yield

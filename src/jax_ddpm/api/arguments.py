@@ -1,4 +1,4 @@
-"""The arguments of Python and of the command line: what each means and what it must be."""
+"""The arguments of Python and of the command line: the meaning and the range of each."""
 
 import pathlib
 import re
@@ -17,7 +17,7 @@ from jax_ddpm.options import (
     words_for,
 )
 
-# By the names of their flags. What has no default may be None, that is left out.
+# By the names of their flags. An argument without a default may be None, that is left out.
 ARGUMENTS = {
     "workdir": Option(
         "Folder of the run; for training runs/<config name> by default.", kind=pathlib.Path
@@ -104,7 +104,7 @@ _IN_PYTHON = {
     "progressive": "moments",
     "checkpoint_step": "step",
 }
-_MAY_BE_ARRAYS = ("images", "mask")  # which are looked at where they are read
+_MAY_BE_ARRAYS = ("images", "mask")  # checked where they are read
 _FLAGS = {_IN_PYTHON.get(flag, flag): flag for flag in ARGUMENTS}
 
 
@@ -114,10 +114,10 @@ def python_name(flag: str) -> str:
 
 
 def require(given: Mapping[str, Any]) -> None:
-    """Checks arguments by their names in Python; those that have no flag are passed over.
+    """Checks arguments by their names in Python; those without a flag are passed over.
 
     Raises:
-      UserError: naming the first that is not what it must be.
+      UserError: naming the first argument that is not what it must be.
     """
     for name in [name for name in given if name in _FLAGS]:
         flag, value = _FLAGS[name], given[name]
@@ -137,7 +137,7 @@ def check(flag: str, value: Any, option: Option) -> None:
 
 
 def in_python(line: str) -> str:
-    """A message with its flags as Python's arguments; what is a whole command stays as it is."""
+    """A message with its flags as Python's arguments; a whole command stays as it is."""
 
     def spelled(found: re.Match[str]) -> str:
         flag, equals = found["flag"], found["equals"]

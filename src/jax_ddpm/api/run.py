@@ -7,7 +7,7 @@
     images = run.sample(64, seed=1)  # uint8 [64, 8, 8, 1]
     print(run.evaluate(["bpd"]))
 
-A ``UserError`` is a mistake in one line, which names arguments as they are called here.
+A ``UserError`` explains a mistake in one line, which names arguments as they are called here.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 
 def _checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with its arguments checked, and mistakes that name them as Python does."""
+    """The function with its arguments checked, and with mistakes that name them as Python does."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -69,7 +69,7 @@ def _checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy as one of Python, which JSON can keep."""
+    """A NumPy number as a Python number, which JSON can hold."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -82,9 +82,9 @@ def train(
     profile: bool = False,
     poll: Poll | None = None,
 ) -> pathlib.Path:
-    """Trains into ``workdir``, ``runs/<name of the config>`` by default, as ``training.loop`` says.
+    """Trains into ``workdir``, by default ``runs/<name of the config>``: see ``training.loop``.
 
-    Ctrl-C saves everything before it is a KeyboardInterrupt, and the same call then goes on.
+    Ctrl-C saves everything before it raises KeyboardInterrupt, and the same call then goes on.
 
     Args:
       config: a config, its name (``"digits"``), its file, or the ``config.json`` of a run.
@@ -93,7 +93,7 @@ def train(
       poll: called between steps in place of waiting for Ctrl-C; raises ``Stopped`` to stop.
 
     Returns:
-      The last sample grid, of a classifier the last checkpoint.
+      The last sample grid; for a classifier, the last checkpoint.
     """
     from jax_ddpm.config.validation import validate
     from jax_ddpm.training import loop
@@ -109,7 +109,7 @@ def train(
 
 @_checked
 def check(config: Config, workdir: Path | None = None, *, poll: Poll = never) -> None:
-    """Tries out all that training would need, printing a row for each, and trains nothing."""
+    """Tries out all that training would need, prints a row for each, and trains nothing."""
     from jax_ddpm.training.preflight import Preflight
 
     settings, folder = _to_train(config, workdir)
@@ -121,7 +121,7 @@ class Run(Trained):
     """A run's model, with the parameters of one checkpoint.
 
     Attributes:
-      workdir: of the run; the others are those of ``Trained``.
+      workdir: the folder of the run; the others are those of ``Trained``.
     """
 
     def __init__(self, workdir: pathlib.Path, *parts: Any):
@@ -186,7 +186,7 @@ class Run(Trained):
         Args:
           images: a folder of images, an ``.npz``, or uint8 ``[n, height, width, channels]``.
           edit: "inpaint", "colourise", "superres", "sdedit", "interpolate" or "encode".
-          mask: of "inpaint", a PNG, white where images are made anew, or an array, True there.
+          mask: for "inpaint", a PNG, white where images are made anew, or an array, True there.
           settings: ``num_samples``, ``factor``, ``strength``, ``jump_length``, ``resamplings`` and
             ``label`` of ``inference.edits.Request``.
         """
@@ -239,7 +239,7 @@ class Run(Trained):
         return store_x0_error(self, source, self.workdir, num_examples, size, poll)
 
     def denoiser(self) -> Denoiser:
-        """What the sampler asks, guided: a pytree, ``(x_t, t, conditioning) → Prediction``."""
+        """The sampler's denoiser, guided: a pytree, ``(x_t, t, conditioning) → Prediction``."""
         return self.model.guided_denoiser(self.params)
 
     def grid(self) -> Grid:
@@ -283,8 +283,8 @@ def evaluate(
 
     Args:
       metrics: names, in a list or a line such as "fid,kid".
-      config: of the real data, where there is no run.
-      num_samples, seed, num_seeds: so many samples of each seed from ``seed`` on.
+      config: the config of the real data, where there is no run.
+      num_samples, seed, num_seeds: how many samples of each seed; the first seed; how many seeds.
       data_path: where the data lies now.
 
     The other arguments are those of ``evaluation.quality.Evaluation``. ``print`` shows a table.
@@ -337,7 +337,7 @@ def fid_stats(
 ) -> pathlib.Path:
     """Writes the moments of the features of real images into ``out``, for ``reference``.
 
-    They are those of a split of the data of ``config`` or of a run, or ``samples`` in files.
+    The images are a split of the data of ``config`` or of a run, or ``samples`` in files.
     """
     from jax_ddpm.evaluation.extractors import make_extractor
     from jax_ddpm.evaluation.features import extract
@@ -378,14 +378,14 @@ def _to_train(config: Config, workdir: Path | None) -> tuple[ConfigDict, pathlib
 
 
 def _start(config: ConfigDict | None = None) -> None:
-    """Sets up XLA as the command line does; where it has started it stays as it is."""
+    """Sets up XLA as the command line does, unless it has already started."""
     backend.set_flags(deterministic=config is not None and config.deterministic)
     backend.keep_compiled()
 
 
 @contextlib.contextmanager
 def _stopping(poll: Poll | None) -> Iterator[Poll]:
-    """The poll, or one that a signal asks to stop; once all is saved the signal acts as ever."""
+    """The given poll, or one that a signal stops; the signal acts as ever once all is saved."""
     if poll is not None or threading.current_thread() is not threading.main_thread():
         yield poll or never
         return

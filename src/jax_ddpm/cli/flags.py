@@ -11,7 +11,7 @@ from jax_ddpm.options import OneOf, Option, at_least, kind_of
 
 
 class Mode(NamedTuple):
-    """What a mode does, in words, the flags that it takes, and whether it needs devices."""
+    """What a mode does, in words; the flags that it takes; whether it needs devices."""
 
     does: str
     takes: tuple[str, ...]
@@ -104,7 +104,7 @@ _DEFINE: dict[type, Callable[..., Any]] = {
 
 
 def define() -> flags.FlagValues:
-    """All but the sections of a config. None has a value unless given: defaults are Python's."""
+    """All flags except the sections of a config; they have no defaults, as the api has them."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # records may stand between flags
     for name, option in FLAGS.items():

@@ -1,4 +1,4 @@
-"""What the command line can do, in words: its flags, the fields of a config, what can be chosen."""
+"""Help in words: the flags, the fields of a config, the choices."""
 
 import textwrap
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ python -m jax_ddpm.main --mode=sample --workdir=runs/digits --out=digits.png
 
 
 def of_flags() -> str:
-    """Every flag, by mode; those that several modes take as a group follow."""
+    """Every flag, by mode; groups of flags that several modes take follow."""
     lines = [_USE]
     for mode, row in MODES.items():
         groups = {group: names for group, names in _GROUPS.items() if {*names} <= {*row.takes}}
@@ -39,7 +39,7 @@ def _flag(name: str) -> str:
 
 
 def of_fields(named: "Named") -> str:
-    """Every field of the config with its value, its default where that is another, and meaning."""
+    """Every field of the config with its value, its default where it differs, and its meaning."""
     from jax_ddpm.config.fields import fields
     from jax_ddpm.options import value_of
 
@@ -52,7 +52,7 @@ def of_fields(named: "Named") -> str:
 
 
 def of_choices() -> str:
-    """What can be chosen by name: rows of the config's tables with their options, and the rest."""
+    """All choices by name: rows of the config's tables with their options, and the rest."""
     from jax_ddpm import options
     from jax_ddpm.config.fields import tables
     from jax_ddpm.config.reading import shipped
@@ -77,7 +77,7 @@ def of_choices() -> str:
 
 
 def _columns(name: str, meaning: str) -> list[str]:
-    """A name, and what it means in a column beside it, or below it where it is long."""
+    """A name with its meaning in a column beside it, or below it where the name is long."""
     told = textwrap.wrap(meaning, _WIDTH - _INDENT)
     indented = [" " * _INDENT + line for line in told]
     if len(name) + 2 >= _INDENT or not told:

@@ -15,7 +15,7 @@ Given = dict[str, Any]  # arguments by their names in Python
 
 
 def train(given: Given, poll: Poll) -> object:
-    """Trains, and returns the last picture, of a classifier the last checkpoint."""
+    """Trains, and returns the last picture; for a classifier, the last checkpoint."""
     from jax_ddpm.api import run as api
 
     return api.train(**_with_config(given), poll=poll)
@@ -101,7 +101,7 @@ def _with_config(given: Given) -> Given:
 
 
 def _load(given: Given, example: str) -> "Run":
-    """The run in ``--workdir``; takes from ``given`` what says how to load it."""
+    """The run in ``--workdir``; removes from ``given`` the arguments of loading."""
     from jax_ddpm.api import run as api
 
     if "workdir" not in given:

@@ -21,11 +21,11 @@ _OVERRIDE = re.compile(r"--?(?:no)?(config|sampling)(?:\.([^=]*))?(?:=|$)")
 
 
 class Command(NamedTuple):
-    """What is to be done.
+    """One command.
 
     Attributes:
       mode: a name in ``MODES``.
-      given: the arguments that were given, by their names in Python.
+      given: the arguments given, by their names in Python.
       job: the flags that say which process of a job this is.
     """
 
@@ -35,7 +35,7 @@ class Command(NamedTuple):
 
 
 def resolve(words: Sequence[str]) -> Command:
-    """The command that these words, the program's name left out, ask for.
+    """The command that these words ask for, without the program's name.
 
     Raises:
       UserError: where they ask for nothing that can be done.
@@ -76,7 +76,7 @@ def resolve(words: Sequence[str]) -> Command:
 
 
 def _config_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What ``--config`` says, and the other words."""
+    """The value of ``--config``, and the other words."""
     chosen, rest, left = None, [], iter(words)
     for word in left:
         name, equals, value = word.partition("=")
@@ -90,9 +90,9 @@ def _config_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _sections(chosen: str | None, words: Sequence[str]) -> tuple[dict[str, ConfigDict], str]:
-    """The sections of whose fields the words may speak, and the name of the config.
+    """The sections whose fields the words may set, and the name of the config.
 
-    Reading one imports all that can be chosen, so it is left out where there is nothing to read.
+    Reading a config imports every choice, so it is skipped where there is nothing to read.
     """
     sections, name = {}, ""
     if chosen is not None:
@@ -105,7 +105,7 @@ def _sections(chosen: str | None, words: Sequence[str]) -> tuple[dict[str, Confi
 
 
 def _sampling(words: Sequence[str]) -> ConfigDict:
-    """The section of the run in ``--workdir``, whose modules may add fields, or the usual one."""
+    """The section of the run in ``--workdir``, whose modules may add fields, or the default one."""
     from jax_ddpm.config import default
     from jax_ddpm.config.reading import read_config
 
@@ -157,7 +157,7 @@ def _require_fields(words: Sequence[str], sections: Mapping[str, ConfigDict]) ->
 
 
 def _illegal(told: str, sections: Mapping[str, ConfigDict]) -> str:
-    """What a flag must be, where absl says ``flag --name=value: reason``."""
+    """A message that says what a flag must be, from absl's ``flag --name=value: reason``."""
     found = re.fullmatch(r"flag --([\w.]+)=(.*?): .*", told, re.DOTALL)
     assert found is not None
     name, value = found.groups()

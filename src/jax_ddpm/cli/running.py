@@ -16,8 +16,8 @@ from jax_ddpm.runtime.stopping import EXIT_CODE, Stopped, StopRequest, never
 
 
 def run(command: Command) -> None:
-    """Prints what comes of the command; a mistake is one line and exit code 1."""
-    logging.set_verbosity(logging.FATAL)  # Orbax logs with tracebacks what it then raises
+    """Prints the command's result; a mistake is one line and exit code 1."""
+    logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback of what it then raises
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     mode, given = RUN[command.mode], dict(command.given)
     if not MODES[command.mode].on_devices:

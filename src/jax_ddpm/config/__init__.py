@@ -1,4 +1,4 @@
-"""What an experiment says: every field, its default, and what it must be."""
+"""The config of an experiment: every field, its default, and what it must be."""
 
 from jax_ddpm.config.defaults import default
 

@@ -15,8 +15,8 @@ from jax_ddpm.errors import UserError
 def default(*modules: str) -> ConfigDict:
     """All fields; a config in ``configs/`` changes those that make its experiment.
 
-    ``modules`` are your own, by the names that Python imports them by: they add rows to the
-    project's tables, and their options to the fields.
+    ``modules`` are the import names of your own modules: they add rows to the project's tables, and
+    their options to the fields.
 
     Raises:
       UserError: where there is no such module, or it fails.

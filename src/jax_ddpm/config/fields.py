@@ -1,4 +1,4 @@
-"""Every field of a config: those read off the tables' rows, and the settings of the rest."""
+"""Every field of a config: those read off the tables' rows, and all other settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ GUIDANCE = ("classifier_free", "classifier", "autoguidance")
 
 
 def tables() -> dict[str, Mapping[str, Any]]:
-    """The field that chooses → its choices; the options of one are ``options.of(row)``."""
+    """The choosing field → its choices; the options of a choice are ``options.of(row)``."""
     return {
         "task": TASKS,
         "data.source": SOURCES,
@@ -45,9 +45,9 @@ def tables() -> dict[str, Mapping[str, Any]]:
 def fields() -> dict[str, Option]:
     """All fields by their names, ``section.field``.
 
-    An option that several rows of a table declare is one field, with the default of the first. How
-    to sample is asked anew each time, so a sampler's options are None there, which stands for the
-    sampler's own default, and those of another sampler are refused.
+    An option that several rows of a table declare is one field, with the default of the first. A
+    sampler is chosen anew each time, so its options are None by default, which stands for the
+    sampler's own default; options of another sampler are refused.
     """
     sections = {
         "": _RUN,

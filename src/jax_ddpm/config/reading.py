@@ -1,4 +1,4 @@
-"""A config by the name of one of ours, by its file, or as a run has noted it."""
+"""A config from the name of a shipped one, from its file, or from a run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
 
 class Named(NamedTuple):
-    """A config, and the name of its file: that of its run, unless another is given."""
+    """A config, and the name of its file, the default name of its run."""
 
     config: ConfigDict
     name: str
@@ -29,14 +29,14 @@ def shipped() -> list[str]:
 
 
 def read_config(given: ConfigDict | Named | str | os.PathLike[str]) -> Named:
-    """A config of its own, complete and locked.
+    """A new config, complete and locked.
 
     Args:
       given: a config, which is named ""; a name such as "digits"; the path of a file with a
         function ``get_config()``; or the ``config.json`` of a run.
 
     Raises:
-      UserError: naming the line of the file that fails, or what is known.
+      UserError: naming the line of the file that fails, or the known names.
     """
     if isinstance(given, Named):
         return given
@@ -100,7 +100,7 @@ def _complete(config: ConfigDict, where: str) -> ConfigDict:
 
 
 def _reason(error: BaseException) -> str:
-    """What ml_collections says, unwrapped, in one line and without its list of all fields."""
+    """The message of ml_collections, unwrapped, in one line and without its list of all fields."""
     reason: object = error
     while isinstance(reason, BaseException) and not isinstance(reason, SyntaxError) and reason.args:
         reason = reason.args[0]

@@ -1,4 +1,4 @@
-"""What fields of different sections must be to each other."""
+"""Rules between fields of different sections."""
 
 import math
 
@@ -19,7 +19,7 @@ from jax_ddpm.tasks.table import TASKS
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-    """How the work is shared."""
+    """Checks how the work is shared."""
     require(
         config,
         "fsdp",
@@ -48,7 +48,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def check_task(config: ConfigDict) -> None:
-    """What only some tasks take."""
+    """Checks what only some tasks take."""
     shifts = not TASKS[config.task].draws
     require(
         config,
@@ -65,7 +65,7 @@ def check_task(config: ConfigDict) -> None:
 
 
 def check_images(config: ConfigDict) -> None:
-    """Whether the source can bring images to a size."""
+    """Checks that the source can resize images, where a size is asked for."""
     source = config.data.source
     require(
         config,
@@ -76,7 +76,7 @@ def check_images(config: ConfigDict) -> None:
 
 
 def check_process(config: ConfigDict) -> None:
-    """What only a chain has: zero terminal SNR, a bound, its weights; targets at pure noise."""
+    """Checks what only a chain has (zero terminal SNR, bound, weights); targets at pure noise."""
     name, process = config.process.name, factory.make_process(config)
     if process.alpha(np.array(process.time_range))[1] == 0:
         must_be = f"{', '.join(WITHOUT_SIGNAL)} under {name}, which ends without signal"
@@ -104,7 +104,7 @@ def check_process(config: ConfigDict) -> None:
 
 
 def check_loss(config: ConfigDict) -> None:
-    """Times that are the process's own, and a loss that trains the variance if it is learned."""
+    """Checks that times fit the process, and that the loss trains the variance if it is learned."""
     name = config.process.name
     continuous = ("uniform", "stratified", "log_normal", "logit_normal")
     times = OneOf(continuous if name in CONTINUOUS else tuple(TIME_SAMPLERS))
@@ -137,7 +137,7 @@ def check_loss(config: ConfigDict) -> None:
 
 
 def check_training_samples(config: ConfigDict) -> None:
-    """What the pictures in training cannot have yet."""
+    """Refuses what pictures cannot use during training."""
     require(
         config,
         "sampling.variance",
@@ -153,7 +153,7 @@ def check_training_samples(config: ConfigDict) -> None:
 
 
 def check_steps(config: ConfigDict, process: Process) -> None:
-    """The number of steps and the times of sampling, under the process of training."""
+    """Checks the number of steps and the times of sampling, under the process of training."""
     sampling = config.sampling
     low, high = process.time_range
     own_steps = isinstance(process, Chain) and not sampling.process
@@ -201,7 +201,7 @@ def _check_single_steps(config: ConfigDict) -> None:
 
 
 def check_options(config: ConfigDict) -> None:
-    """Options of other samplers are left out."""
+    """Refuses options of other samplers."""
     name = config.sampling.sampler
     taken_by = {method: options.of(row) for method, row in SAMPLERS.items()}
     for option in {option: None for row in taken_by.values() for option in row}:
@@ -212,7 +212,7 @@ def check_options(config: ConfigDict) -> None:
 
 
 def check_guidance(config: ConfigDict) -> None:
-    """By what, and how strongly, this model can be guided."""
+    """Checks what guides this model, and how strongly."""
     sampling, conditional = config.sampling, config.model.class_conditional
     free = sampling.guidance == "classifier_free"
     require(

@@ -12,7 +12,7 @@ from jax_ddpm.tasks.table import TASKS
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
-    """Checks all that needs no data.
+    """Checks everything that needs no data.
 
     Raises:
       UserError: naming the field, its value and what it must be.

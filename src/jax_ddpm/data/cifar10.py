@@ -20,10 +20,10 @@ def cifar10(path: Path) -> ArraySource:
     """50,000 training and 10,000 test images, colour 32×32, in 10 classes (Krizhevsky 2009).
 
     ``path`` is the python or the binary archive, which hold the same data, or a folder with one of
-    them. It is read without unpacking, once its checksum is known to be the published one.
+    them. It is read without unpacking, after its checksum proves to be the published one.
 
     Raises:
-      UserError: naming the file, where there is none or it is not the official one.
+      UserError: naming the file, where it is missing or not the official one.
     """
     given = pathlib.Path(path)
     candidates = [given / name for name in _NAMES] if given.is_dir() else [given]
@@ -39,7 +39,7 @@ def cifar10(path: Path) -> ArraySource:
             f"{file}: its MD5 is {checksum}, not that of {' or '.join(_NAMES)}; download it again "
             f"from {_HOME}"
         )
-    # In one pass: going back in a gzip stream means to decompress it anew.
+    # In one pass: going back in a gzip stream means decompressing it anew.
     with tarfile.open(file, "r:gz") as archive:
         members = {m.name: data.read() for m in archive if (data := archive.extractfile(m))}
     read = _READERS[checksum]
@@ -72,7 +72,7 @@ def _binary(members: dict[str, bytes], name: str) -> Batch:
 
 
 _PARTS_OF_ARRAYS: dict[tuple[str, str], Any] = {
-    # In a private module since NumPy 2, but an array tells which function it is.
+    # Private since NumPy 2, so an array names the function.
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -80,7 +80,7 @@ _PARTS_OF_ARRAYS: dict[tuple[str, str], Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads what Python 2 pickled, and builds nothing but NumPy arrays."""
+    """Reads pickles of Python 2, and builds only NumPy arrays."""
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content), encoding="bytes")

@@ -25,16 +25,16 @@ def decode(
 
     The EXIF orientation is applied and transparency is laid on white. Then the largest centred
     square is resized to ``image_size`` by an antialiased Lanczos filter; 0 keeps images as they
-    are. Colour becomes luma if ``channels`` is 1, and gray becomes colour if it is 3. Of an
-    animation it is the first frame.
+    are. Colour becomes luma if ``channels`` is 1, and gray becomes colour if it is 3. An animation
+    gives its first frame.
 
     Raises:
       UnreadableError: where the content is damaged or its levels have no known range.
     """
     with _opened(io.BytesIO(content)) as image:
         if image_size:
-            # A JPEG can be decoded at an eighth, a quarter or half its size in a fraction of the
-            # time. Twice the size wanted leaves the rest of the way to the better filter.
+            # A JPEG decodes to an eighth, a quarter or half its size in a fraction of the time.
+            # Twice the wanted size leaves the rest of the way to the better filter.
             image.draft(None, (2 * image_size, 2 * image_size))
         image = ImageOps.exif_transpose(image)
         image = _opaque(image).convert("L" if channels == 1 else "RGB")
@@ -44,10 +44,10 @@ def decode(
 
 
 class FileInfo(NamedTuple):
-    """What is known of an image file before its pixels are.
+    """What is known of an image file before it is decoded.
 
     Attributes:
-      height, width: as ``decode`` will give them.
+      height, width: those that ``decode`` will give.
       gray: whether the file has no colour.
       num_bytes: the size of the file.
     """
@@ -59,7 +59,7 @@ class FileInfo(NamedTuple):
 
 
 def file_info(path: str, image_size: int) -> FileInfo:
-    """From the header of a file to be decoded to ``image_size``; raises like ``decode``."""
+    """Reads the header of a file to be decoded to ``image_size``; raises like ``decode``."""
     with _opened(path) as image:
         gray, num_bytes = image.mode in _GRAY, os.path.getsize(path)
         if image_size:
@@ -76,7 +76,7 @@ def _opened(file: str | io.BytesIO) -> Iterator[Image.Image]:
             if image.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {image.mode}, not of 8 or 16 bits")
             yield image
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+    except Exception as error:  # Pillow's plugins raise anything on damaged bytes
         raise UnreadableError(" ".join(str(error).split()) or type(error).__name__) from error
 
 

@@ -8,7 +8,7 @@ from jax_ddpm.data.source import ArraySource, hold_out
 def digits() -> ArraySource:
     """1,797 gray 8×8 digits in 17 levels and 10 classes (Alpaydin & Kaynak 1998, UCI).
 
-    A random fifth, always the same, is held out: in file order the last fifth was written by other
+    A random fifth, always the same, is held out: the last fifth in file order was written by other
     people than the rest.
     """
     from sklearn.datasets import load_digits

@@ -10,7 +10,7 @@ from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small, too_many
 from jax_ddpm.data.source import ImageSize, Path, Source, Spec, random_split
 from jax_ddpm.errors import UserError
 
-# Of validation and test images the test ones wait for the end, and may lack labels, as ImageNet's.
+# Validation comes before test: test images wait for the end, and may lack labels, as ImageNet's.
 _HELDOUT = ("heldout", "val", "test")
 
 
@@ -20,7 +20,7 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
     The folders ``train`` and ``heldout``, ``val`` or ``test`` (the first there is) in ``path`` are
     the splits; without them a random ``heldout_fraction`` of the files is held out, always the
     same. If all images of a split lie in folders, two or more at its first level, those are the
-    classes, in the order of their names. Which files count, ``data.image_files`` says.
+    classes, in the order of their names. ``data.image_files`` says which files count.
 
     Raises:
       UserError: naming the folder or file and what is wrong with it.
@@ -58,7 +58,7 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
         file = splits[split][index]
         try:
             content = (root / file).read_bytes()
-        except OSError as error:  # not damage, which has a stand-in: the set is not what it was
+        except OSError as error:  # not damage, which has a stand-in: the set has changed
             raise UserError(
                 f"{root / file}: cannot be read ({error.strerror}); restore it"
             ) from error

@@ -14,13 +14,13 @@ _REMEDY = "replace or remove it"
 
 
 class GivenFolder(NamedTuple):
-    """The images of a folder in the order of their paths, decoded when they are asked for."""
+    """The images of a folder in the order of their paths, decoded on request."""
 
     files: list[pathlib.Path]
     channels: int
 
     def read(self, index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
-        """Raises UserError naming a file that is damaged."""
+        """The images of these numbers; raises UserError naming a damaged file."""
         return np.stack([self._load(self.files[i]) for i in index])
 
     def _load(self, file: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
@@ -31,14 +31,14 @@ class GivenFolder(NamedTuple):
 
 
 class GivenArrays(NamedTuple):
-    """The images of an ``.npz``, and the class that was asked for of each, if it says."""
+    """The images of an ``.npz``, and the class asked for of each, if the file has it."""
 
     images: UInt8[np.ndarray, "n h w c"]
     labels: Int[np.ndarray, " n"] | None
 
 
 def given_folder(root: pathlib.Path) -> GivenFolder:
-    """The images of ``data.image_files``' rule, gray if all files are, else all colour.
+    """The images by the rule of ``data.image_files``: gray if all files are gray, else colour.
 
     Raises:
       UserError: where there are none, they differ in size, or one cannot be opened.
@@ -50,13 +50,13 @@ def given_folder(root: pathlib.Path) -> GivenFolder:
     for file, error in unreadable.items():
         raise UserError(f"{root / file}: cannot be read ({error}); {_REMEDY}")
     one_size(root, infos, "give images of one size")
-    # Not by the first: some encoders make a gray file of one colour image.
+    # Not by the first alone: some encoders write a gray-looking colour image as a gray file.
     gray = all(info.gray for info in infos.values())
     return GivenFolder([root / file for file in files], 1 if gray else 3)
 
 
 def given_arrays(path: pathlib.Path) -> GivenArrays:
-    """Of an ``.npz`` with uint8 ``images`` (or a single array of any name), perhaps ``labels``.
+    """Reads an ``.npz`` with uint8 ``images`` (or a single array of any name), perhaps ``labels``.
 
     Raises:
       UserError: naming the file and what is wrong with it.
@@ -64,7 +64,7 @@ def given_arrays(path: pathlib.Path) -> GivenArrays:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except Exception as error:  # whatever damaged bytes lead zipfile to
+    except Exception as error:  # zipfile raises anything on damaged bytes
         raise UserError(f"{path}: not a folder of images nor a readable .npz") from error
     images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
     shaped = images is not None and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
@@ -80,7 +80,7 @@ def given_arrays(path: pathlib.Path) -> GivenArrays:
 
 
 def given_images(path: pathlib.Path) -> UInt8[np.ndarray, "n h w c"]:
-    """All images of a folder or of an ``.npz``; raises UserError as these do."""
+    """All images of a folder or of an ``.npz``; raises UserError as the readers above do."""
     if not path.is_dir():
         return given_arrays(path).images
     folder = given_folder(path)

@@ -1,9 +1,9 @@
-"""Folders of image files: which of them count, in what order, and of what size they are.
+"""Folders of image files: which files count, their order and their size.
 
-Training, measuring and editing read folders by this one rule, and differ only in purpose. To train
-on, all images are made colour, and of one size where ``data.image_size`` gives one; a few files
-that cannot be opened are left out with a warning. To be measured or edited, they are taken as they
-are, gray ones as gray; several sizes, or a file that cannot be read, are refused.
+Training, measuring and editing read folders by this one rule, and differ only in purpose. Training
+makes all images colour, and of one size where ``data.image_size`` gives one; it leaves out a few
+files that cannot be opened, with a warning. Measuring and editing take images as they are, gray
+ones as gray; they refuse several sizes, or a file that cannot be read.
 """
 
 import os
@@ -15,7 +15,7 @@ from jax_ddpm.data.decode import FileInfo, UnreadableError, file_info
 from jax_ddpm.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_OPENED_AT_ONCE = 256  # by one thread: a future for each file is too much
+_OPENED_AT_ONCE = 256  # by one thread: a future for each file costs too much
 
 
 class Probed(NamedTuple):
@@ -28,8 +28,8 @@ class Probed(NamedTuple):
 def list_images(root: pathlib.Path, below: str = "") -> list[str]:
     """Paths relative to ``root`` of the images in its folder ``below``, however deeply nested.
 
-    With forward slashes, and sorted: no file system's own order. Hidden files and folders, and
-    files of other suffixes than ``SUFFIXES``, are passed over.
+    They have forward slashes and are sorted, whatever the file system's order. Hidden files and
+    folders, and files of other suffixes than ``SUFFIXES``, are passed over.
 
     Raises:
       UserError: naming a folder that cannot be listed.
@@ -51,7 +51,7 @@ def list_images(root: pathlib.Path, below: str = "") -> list[str]:
 
 
 def probe(root: pathlib.Path, files: list[str], image_size: int = 0) -> Probed:
-    """Opens all files, to be decoded to ``image_size``, but reads no more than their headers."""
+    """Opens all files, to be decoded to ``image_size``, and reads only their headers."""
 
     def open_one(file: str) -> FileInfo | UnreadableError:
         try:

@@ -1,4 +1,4 @@
-"""Sources whose images are decoded when they are asked for."""
+"""Sources whose images are decoded on request."""
 
 import math
 import threading
@@ -14,12 +14,12 @@ from jax_ddpm.data.decode import UnreadableError, decode
 from jax_ddpm.data.source import Batch, Source, Spec
 from jax_ddpm.errors import UserError
 
-KEPT_BYTES = 2 * 2**30  # of decoded images, at most
-_READ_AT_ONCE = 256  # images of a whole split, so that few lie in memory twice
+KEPT_BYTES = 2 * 2**30  # the most that decoded images may take
+_READ_AT_ONCE = 256  # images at a time of a whole split, so that few lie in memory twice
 
 
 class Encoded(NamedTuple):
-    """An image as it is stored: what messages call it, the file's content, and its class."""
+    """An image as stored: its name in messages, the file's content, and its class."""
 
     name: str
     content: bytes
@@ -29,14 +29,14 @@ class Encoded(NamedTuple):
 class LazySource:
     """Reads and decodes the images of a batch in threads.
 
-    A damaged image is replaced by the next readable one of its split, with that one's label: what
-    an index gives depends on the data alone, not on what was asked for before.
+    A damaged image is replaced by the next readable one of its split, with that one's label, so the
+    image of an index depends only on the data, not on earlier requests.
 
     Args:
-      read: (split, index) → what is stored there.
+      read: (split, index) → the stored image.
 
     Raises:
-      UserError: from ``batch``, when too many turn out damaged.
+      UserError: from ``batch``, when too many images prove damaged.
     """
 
     def __init__(self, read: Callable[[str, int], Encoded], spec: Spec, image_size: int):
@@ -86,7 +86,7 @@ class LazySource:
 
 
 class KeptSource:
-    """Keeps what it was asked for, so that later epochs are look-ups."""
+    """Keeps the images that it has given, so that later epochs are look-ups."""
 
     def __init__(self, source: Source):
         self.spec = source.spec
@@ -94,7 +94,7 @@ class KeptSource:
         self._kept: dict[str, Batch] = {}
         self._known: dict[str, np.ndarray] = {}
         for split, size in self.spec.split_sizes.items():
-            # The operating system gives memory to the pages that are written, when they are.
+            # The operating system gives pages memory only when they are written.
             self._kept[split] = {"image": np.empty((size, *self.spec.image_shape), np.uint8)}
             if self.spec.num_classes:
                 self._kept[split]["label"] = np.empty(size, np.int32)
@@ -105,7 +105,7 @@ class KeptSource:
         return {name: array[indices] for name, array in self._kept[split].items()}
 
     def arrays(self, split: str) -> Batch:
-        """The whole split; what was not asked for before is read now."""
+        """The whole split; images not yet kept are read now."""
         size = self.spec.split_sizes[split]
         for start in range(0, size, _READ_AT_ONCE):
             self._read(split, np.arange(start, min(start + _READ_AT_ONCE, size)))
@@ -121,7 +121,7 @@ class KeptSource:
 
 
 def keep_if_small(source: Source) -> Source:
-    """The source, with memory if the whole set takes at most ``KEPT_BYTES``."""
+    """The source, which keeps its images if the whole set takes at most ``KEPT_BYTES``."""
     num_bytes = sum(source.spec.split_sizes.values()) * math.prod(source.spec.image_shape)
     return KeptSource(source) if num_bytes <= KEPT_BYTES else source
 

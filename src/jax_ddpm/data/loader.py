@@ -14,12 +14,12 @@ _ALL = slice(None)
 class Loader:
     """The batches of the steps ``start``, ``start + 1``, … without end.
 
-    While one is used, Grain prepares up to ``ahead`` more, each in a thread of its own; what goes
-    wrong in it is raised at its own step. Grain is handed whole batches, which a source reads in
-    its own way: Grain's work on one element rivals the decoding of a small image.
+    While one is used, Grain prepares up to ``ahead`` more, each in its own thread; an error in a
+    batch is raised at that batch's step. Grain handles whole batches, which a source reads in its
+    own way: Grain's work on one element rivals the decoding of a small image.
 
     Args:
-      rows: the places in each batch whose examples this process is to load.
+      rows: the places in each batch whose examples this process loads.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Loader:
         rows: Int[np.ndarray, " rows"] | slice = _ALL,
         ahead: int = 2,
     ):
-        import grain  # not before: a set that lies on the devices does without
+        import grain  # only here: a set that lies on the devices needs none
 
         num_examples = source.spec.split_sizes["train"]
 

@@ -17,7 +17,7 @@ def batch_indices(
 ) -> Int[np.ndarray, " batch"]:
     """Examples ``step·batch_size …`` of an endless row of epochs, each shuffled anew.
 
-    Nothing is dropped where an epoch ends inside a batch, and any step can be asked for directly.
+    Nothing is dropped where an epoch ends inside a batch, and any step can be computed directly.
     """
     position = step * batch_size + np.arange(batch_size)
     epochs, offsets = np.divmod(position, num_examples)

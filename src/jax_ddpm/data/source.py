@@ -10,7 +10,7 @@ from jax_ddpm.options import Option, not_negative
 
 Batch = dict[str, np.ndarray]
 
-# What sources are told of. One without a default must be given.
+# Options of sources. Those without a default must be given.
 Path = Annotated[
     str, Option("Place of the file or folder; for tfds its data_dir.", default="", free=True)
 ]
@@ -28,7 +28,7 @@ ImageSize = Annotated[
 class Spec(NamedTuple):
     """What a source holds.
 
-    ``num_levels`` is how many values a pixel can take (256 for images; it sets the likelihood's
+    ``num_levels`` is the number of values of a pixel (256 for images; it sets the likelihood's
     unit), ``num_classes`` is 0 without labels, ``identity`` names data and split in records.
     """
 
@@ -55,7 +55,7 @@ class InMemory(Source, Protocol):
     """A source that can give a whole split at once."""
 
     def arrays(self, split: str) -> Batch:
-        """As ``batch`` of all its indices."""
+        """The whole split, as ``batch`` of all its indices."""
         ...
 
 
@@ -83,9 +83,9 @@ class ArraySource:
 
 
 def random_split(count: int, fraction: float) -> dict[str, Int[np.ndarray, " n"]]:
-    """Which of ``count`` examples are for training and which are held out.
+    """The training and the held-out examples among ``count``.
 
-    Random and always the same: ``RandomState`` has a frozen stream (NEP 19).
+    They are random and always the same: ``RandomState`` has a frozen stream (NEP 19).
     """
     order = np.random.RandomState(0).permutation(count)
     held_out, train = np.split(order, [round(count * fraction)])
@@ -101,7 +101,7 @@ def hold_out(batch: Batch, fraction: float) -> dict[str, Batch]:
 
 
 def check_pair(path: str, train: Batch, heldout: Batch) -> None:
-    """Checks that two splits which a user gives belong together.
+    """Checks that two splits of a user's belong together.
 
     Raises:
       UserError: naming ``path``, where only one has labels, or the held-out split has images of

@@ -1,4 +1,4 @@
-"""Every data source by its name: functions, whose annotated parameters are their options."""
+"""Every data source by name: a function whose annotated parameters are its options."""
 
 from jax_ddpm.data.cifar10 import cifar10
 from jax_ddpm.data.digits import digits

@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets has prepared, read without TensorFlow."""
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow."""
 
 import difflib
 from typing import Any
@@ -18,7 +18,7 @@ def tfds(
     """The feature ``image``, gray or colour, and the classes of ``label`` if it is a ClassLabel.
 
     ``name`` may have a config and a version (``imagenet_resized/64x64:0.1.0``); ``path`` is TFDS's
-    ``data_dir``, by default its own default. Nothing is ever downloaded. Images are cropped and
+    ``data_dir``, with TFDS's own default. Nothing is ever downloaded. Images are cropped and
     resized to ``image_size``; 0: they have one size already. The split ``validation``, or else
     ``test``, or else a random ``heldout_fraction`` of ``train``, is held out.
 
@@ -76,7 +76,7 @@ def _prepared_builder(name: str, path: str) -> Any:
     )
     try:
         builder = tensorflow_datasets.builder(name, data_dir=path or None)
-    except Exception as error:  # of many kinds: an unknown version is an AssertionError
+    except Exception as error:  # many kinds: an unknown version is an AssertionError
         known = tensorflow_datasets.list_builders(with_community_datasets=False)
         stem = name.partition(":")[0].partition("/")[0]
         if stem in known:

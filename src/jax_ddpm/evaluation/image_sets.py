@@ -1,6 +1,6 @@
 """Sets of images to measure: samples, splits of data, files, and any of them with noise added.
 
-All are uint8 in 0…255, whatever the levels of their data, through the one rounding function.
+All are uint8 in 0…255, whatever the levels of their data, rounded by the one function.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ class ImageSet:
     """Images by number.
 
     Attributes:
-      identity: all that decides the pixels, as JSON.
-      count: how many there are.
+      identity: everything that decides the pixels, as JSON.
+      count: how many images there are.
       read: numbers below ``count`` → uint8 ``[n, h, w, c]``.
-      labels: the class that was asked for of each image; None where none was.
+      labels: the class asked for of each image; None where none was.
     """
 
     identity: dict[str, Any]
@@ -53,10 +53,10 @@ def sample_set(
     cache: pathlib.Path,
     poll: Poll = never,
 ) -> ImageSet:
-    """Samples of a model, the classes of a conditional one in turn, drawn now or kept from before.
+    """Samples of a model, drawn now or kept from before; classes of a conditional one take turns.
 
-    Batches are drawn whole, so there may be more samples than asked for. With classes in turn they
-    are not independent draws, which lowers the kernel distance by a term of order 1/N.
+    Batches are drawn whole, so there may be more samples than asked for. Samples with classes in
+    turn are not independent, which lowers the kernel distance by a term of order 1/N.
     """
     generator = trained.generator(batch_size)
     size = generator.batch_size
@@ -87,7 +87,7 @@ def sample_set(
 
 
 def split_set(source: Source, split: str) -> ImageSet:
-    """A split of a data set, in an order that is random but always the same."""
+    """A split of a data set, in a random order that is always the same."""
     size, num_levels = source.spec.split_sizes[split], source.spec.num_levels
     order = batch_indices(0, 0, size, size)
 
@@ -102,7 +102,7 @@ def file_set(path: pathlib.Path) -> ImageSet:
     """The images of a folder of files, in the order of their paths, or of an ``.npz``.
 
     Raises:
-      UserError: naming a file that is missing, cannot be read, or is of another size.
+      UserError: naming a file that is missing, cannot be read, or has another size.
     """
     if not path.is_dir():
         images, labels = given_arrays(path)
@@ -116,7 +116,7 @@ def file_set(path: pathlib.Path) -> ImageSet:
 
 
 def noised(images: ImageSet, std: int) -> ImageSet:
-    """With Gaussian noise of this standard deviation, in levels of 0…255, keyed by the number."""
+    """The images with Gaussian noise of deviation ``std``, in levels of 0…255, keyed by number."""
 
     def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
         clean = images.read(index)

@@ -1,4 +1,4 @@
-"""What sampling takes from elsewhere than the model itself: a guide, a statistic."""
+"""What sampling needs beside the model itself: a guide, a statistic."""
 
 import json
 import pathlib
@@ -24,10 +24,10 @@ _TASK_OF_GUIDE = {"classifier": "noisy_classification", "autoguidance": "diffusi
 def load_companions(
     config: ConfigDict, spec: Spec, workdir: pathlib.Path, step: int, item: str
 ) -> Companions:
-    """All that ``config.sampling`` asks for beside the parameters of this checkpoint.
+    """All that ``config.sampling`` needs beside the parameters of this checkpoint.
 
     Raises:
-      UserError: where it is missing, damaged, or does not fit the model.
+      UserError: where something is missing, damaged, or does not fit the model.
     """
     sampling, companions = config.sampling, ALONE
     if sampling.variance == "optimal":
@@ -61,7 +61,7 @@ def load_companions(
 
 
 def x0_error_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:
-    """Where the statistic of a checkpoint's optimal variance lies."""
+    """The file of the statistic of a checkpoint's optimal variance."""
     return checkpoint.folder(workdir) / str(step) / f"x0_error_{item}.json"
 
 
@@ -69,7 +69,7 @@ def load_x0_error(workdir: pathlib.Path, step: int, item: str) -> X0Error:
     """The statistic that ``--mode=variance`` has stored with a checkpoint.
 
     Raises:
-      UserError: where it has not, or the file is damaged.
+      UserError: where none is stored, or the file is damaged.
     """
     path = x0_error_path(workdir, step, item)
     try:

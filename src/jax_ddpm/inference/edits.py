@@ -42,19 +42,19 @@ from jax_ddpm.runtime.stopping import Poll, never
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """One edit, with its images and settings.
 
     Attributes:
       edit: a name in ``EDITS``.
       images: a folder of images, an ``.npz`` or an array, of the model's size; for "superres" that,
         or ``factor`` times smaller.
       num_samples: variants of each image; for "interpolate" images between two, these included.
-      mask: of "inpaint": a gray PNG, white where the images are made anew, black where kept; or an
+      mask: for "inpaint": a gray PNG, white where the images are made anew, black where kept; or an
         array, True where they are made anew.
-      factor: of "superres".
-      strength: of "sdedit" and "interpolate": the fraction of the sampler's steps that are taken,
-        from images that have the noise of the first of them.
-      jump_length, resamplings: of the edits that know a part of the image, see
+      factor: for "superres".
+      strength: for "sdedit" and "interpolate": the fraction of the sampler's steps that are taken,
+        from images with the noise level of the first of them.
+      jump_length, resamplings: for the edits that know a part of the image, see
         ``diffusion.editing.resampled``.
       label: the class, of a conditional model.
     """
@@ -70,7 +70,7 @@ class Request:
     label: int | None = None
 
     def conditioning(self, number: int) -> Conditioning:
-        """The label of so many images."""
+        """The label of ``number`` images."""
         return {} if self.label is None else {"label": jnp.full(number, self.label, jnp.int32)}
 
 
@@ -79,11 +79,11 @@ class Edit(NamedTuple):
 
     Attributes:
       draw: ``(denoiser, given [b, together, h, w, c], prior_keys, step_keys) → outputs``, among
-        them ``images`` ``[b, each, h, w, c]``, in about [-1, 1]; keys are one per row of given.
-      seen: images as the model is told of them.
-      together: of how many images one draw is made.
-      each: how many it makes.
-      repeats: how many draws there are of the same images, each with keys of its own.
+        them ``images`` ``[b, each, h, w, c]``, in about [-1, 1]; there is one key per row of given.
+      seen: the images as the model sees them.
+      together: how many images one draw takes.
+      each: how many images one draw makes.
+      repeats: how many draws the same images get, each with its own keys.
     """
 
     draw: Callable[[Denoiser, Array, Any, Any], dict[str, Array]]
@@ -102,10 +102,10 @@ def write_edits(
     batch_size: int | None = None,
     poll: Poll = never,
 ) -> None:
-    """Writes what is asked for into ``out``, a ``.png`` or, as ``edit_images`` has it, an ``.npz``.
+    """Writes the edited images into ``out``, a ``.png``, or an ``.npz`` as from ``edit_images``.
 
-    The picture has a row for each image, or pair of them: the image as the model was told of it,
-    what was made of it, and the pair's other image.
+    The picture has a row for each image or pair: the image as the model saw it, the images made of
+    it, and the pair's other image.
 
     Raises:
       UserError: where files or settings do not fit each other or the model.
@@ -133,10 +133,10 @@ def edit_images(
     batch_size: int | None = None,
     poll: Poll = never,
 ) -> dict[str, np.ndarray]:
-    """What is asked for: ``given`` ``[n, h, w, c]``, as the model was told of it, and ``images``
-    ``[rows, columns, h, w, c]``, both uint8; and of "encode" the float32 ``noise``.
+    """The edited images: ``given`` ``[n, h, w, c]``, as the model saw them, and ``images``
+    ``[rows, columns, h, w, c]``, both uint8; "encode" adds the float32 ``noise``.
 
-    A row is of an image, or of a pair. Variant j of image i depends on (seed, i, j) alone.
+    A row belongs to an image, or to a pair. Variant j of image i depends only on (seed, i, j).
 
     Raises:
       UserError: where files or settings do not fit each other or the model.
@@ -145,7 +145,7 @@ def edit_images(
 
 
 def _prepare(model: Model, request: Request) -> tuple[Edit, Float[Array, "n h w c"]]:
-    """How to edit, and what; all that can be refused is refused here."""
+    """The edit and its images; everything that can be refused is refused here."""
     if request.edit not in EDITS:
         near = did_you_mean(str(request.edit), EDITS)
         raise UserError(f"--edit={request.edit}: it must be one of {', '.join(EDITS)}{near}")
@@ -292,7 +292,7 @@ def _interpolate(model: Model, request: Request) -> Edit:
 def _encode(model: Model, request: Request) -> Edit:
     """To noise and back by DDIM, through the times of the sampler.
 
-    Heun's method comes closer where λ is evenly spaced, but goes astray on times that are not.
+    Heun's method comes closer where λ is evenly spaced, but goes astray on other times.
     """
     process, times = model.sampling_process, model.grid().now.time[::-1]
 
@@ -330,7 +330,7 @@ def _check_label(model: Model, label: int | None) -> None:
 
 
 def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:
-    """In [-1, 1]; gray ones serve a model of colour, and small ones super-resolution."""
+    """Images in [-1, 1]; a colour model takes gray ones too, and super-resolution small ones."""
     height, width, channels = model.spec.image_shape
     found = request.images
     if isinstance(found, pathlib.Path):
@@ -351,7 +351,7 @@ def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:
 
 
 def _read_kept(model: Model, mask: pathlib.Path | np.ndarray) -> Bool[np.ndarray, "h w"]:
-    """Where the mask is black."""
+    """True where the mask is black."""
     if isinstance(mask, pathlib.Path):
         try:
             anew = decode(mask.read_bytes(), 0, 1)[..., 0] >= 128

@@ -17,7 +17,7 @@ from jax_ddpm.runtime.distributed import from_first, is_first
 from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runtime.stopping import Poll, never
 
-# The first sample of each batch wanted → that number and the batch's images.
+# The number of each wanted batch's first sample → that number and the batch's images.
 Draw = Callable[[Iterable[int]], Iterator[tuple[int, UInt8[np.ndarray, "b h w c"]]]]
 
 _FILES = (".png", ".gif", ".npz")
@@ -37,10 +37,10 @@ def write_samples(
     """Samples 0, …, num_samples-1 into ``out``: a grid ``.png``, an ``.npz``, or else a folder.
 
     ``moments`` > 1 shows in a grid how each image is made: x_t above the x_0 predicted from it. A
-    ``.gif`` is a film of the grid of x_t at so many moments, 40 by default.
+    ``.gif`` is a film of the grid of x_t at ``moments`` moments, 40 by default.
 
     Raises:
-      UserError: where ``out`` cannot be what is asked for.
+      UserError: where ``out`` cannot be written as asked for.
     """
     if out.suffix in _FILES and out.is_dir():
         raise UserError(f"--out={out} is a folder; give the name of a file")
@@ -60,7 +60,7 @@ def write_samples(
     if film or out.suffix == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
-            pass  # refused now rather than when all is drawn
+            pass  # refused now, not when all is drawn
 
     columns = generator.columns(num_samples, label)
     if film or moments > 1:
@@ -92,9 +92,9 @@ def write_folder(
 ) -> None:
     """Samples 0, …, num_samples-1 as ``000000.png`` …: exactly these files.
 
-    ``<out>.json``, beside the folder, keeps ``record``: all that decides what is sampled. Images
-    that are there already are kept, so a call that was killed is simply repeated; a batch is drawn
-    whole if one of it is missing, so that every image is the same to the last bit.
+    ``<out>.json``, beside the folder, keeps ``record``: everything that decides the samples. Images
+    that exist are kept, so a killed call is simply repeated; a batch with an image missing is drawn
+    whole, so that every image is the same to the last bit.
 
     Raises:
       UserError: where the folder holds anything else, or samples of another record.
@@ -124,7 +124,7 @@ def write_npz(
 ) -> None:
     """As ``write_folder``, but into arrays ``images`` uint8 ``[n, h, w, c]`` and ``labels``.
 
-    Until the last image is drawn they are kept in the folder ``<out>.images``.
+    The images stay in the folder ``<out>.images`` until the last one is drawn.
     """
     parts = out.with_name(out.name + ".images")
     of_file = record | {"num_samples": num_samples}
@@ -153,7 +153,7 @@ def _claim(out: pathlib.Path, num_samples: int, record: dict[str, Any]) -> None:
     found = [path.name for path in out.iterdir()]
     if found and not _record(out).exists():
         raise UserError(f"--out={out} is not empty; give a new folder")
-    if found:  # a record beside an empty folder is of samples that someone has removed
+    if found:  # beside an empty folder, a record belongs to samples that someone has removed
         held = _require_same(out, record)["num_samples"]
         if held > num_samples:
             raise UserError(f"--out={out} is for {held} samples; ask for {held} or more")

@@ -29,8 +29,8 @@ class Trained:
     """A model with the parameters of one checkpoint.
 
     Attributes:
-      config, spec: of the run and of its data.
-      step: of the checkpoint.
+      config, spec: those of the run and of its data.
+      step: that of the checkpoint.
       item: "ema" for averaged parameters, "params" for raw ones.
       model, params: the network's functions and its parameters as NumPy arrays.
       model_record, record: what decides a prediction, and a sample besides seed and class, as JSON.
@@ -81,10 +81,10 @@ class Trained:
         label: int | None = None,
         batch_size: int | None = None,
     ) -> UInt8[np.ndarray, "n h w c"]:
-        """Samples 0, …, num_samples-1 of the seed; sample i depends on (seed, i, label) alone.
+        """Samples 0, …, num_samples-1 of the seed; sample i depends only on (seed, i, label).
 
         Without a label the classes of a conditional model take turns. ``batch_size`` is by default
-        that of ``config.sampling``, at most.
+        that of ``config.sampling``, or ``num_samples`` if less.
         """
         size = min(num_samples, batch_size or self.config.sampling.batch_size)
         return images.to_uint8(self.generator(size)(self.params, seed, num_samples, label))
@@ -93,13 +93,13 @@ class Trained:
 def read(
     workdir: pathlib.Path, step: int | None, raw: bool, **sampling: Any
 ) -> tuple[ConfigDict, Spec, int, str, Any, Companions]:
-    """What ``Trained`` takes: averaged (or ``raw``) parameters at ``step``, the newest by default.
+    """The arguments of ``Trained``: averaged (or ``raw``) parameters at ``step``, or the newest.
 
     ``sampling`` overrides fields of that section of the run's config, such as ``guidance_scale``.
 
     Raises:
-      UserError: where there is no run, no such checkpoint, it is damaged, or this model cannot be
-        sampled so.
+      UserError: where there is no run or no such checkpoint, it is damaged, or this model cannot
+        be sampled so.
     """
     config, spec = load_identity(workdir)
     if not TASKS[config.task].draws:
@@ -125,7 +125,7 @@ def _override(section: ConfigDict, name: str, value: Any) -> None:
 
 
 def sampling_record(config: ConfigDict) -> dict[str, Any]:
-    """How samples are drawn, as JSON: sampler, steps and scale, and what else is set."""
+    """How samples are drawn, as JSON: sampler, steps, scale, and fields not at their default."""
     sampling, usual = config.sampling, default().sampling
     own_steps = config.process.name not in CONTINUOUS and not sampling.process
     steps = sampling.num_steps or (config.process.num_timesteps if own_steps else 0)

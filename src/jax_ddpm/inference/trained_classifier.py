@@ -25,11 +25,11 @@ class TrainedClassifier:
     """A classifier with the averaged parameters of one checkpoint.
 
     Attributes:
-      config, spec: of the run and of its data.
-      step: of the checkpoint.
+      config, spec: those of the run and of its data.
+      step: that of the checkpoint.
       model, params: the network's functions and its parameters as NumPy arrays.
-      record: which classifier this is, as JSON.
-      accuracy: how often it is right among all images of the held-out split, as JSON.
+      record: the classifier's identity, as JSON.
+      accuracy: the share of the held-out images that it gets right, with their count, as JSON.
     """
 
     def __init__(self, config: ConfigDict, spec: Spec, step: int, params: Any, source: Source):
@@ -54,7 +54,7 @@ class TrainedClassifier:
     ) -> tuple[Float32[Array, "n features"], Float32[Array, "n classes"]]:
         """Features and logits of images at the data's own levels 0, …, num_levels-1.
 
-        Pure, to be called under ``jit``.
+        Pure: call it under ``jit``.
         """
         return self.model.network.apply(params, from_levels(images, self.spec.num_levels))
 
@@ -70,10 +70,10 @@ class TrainedClassifier:
 def load_classifier(workdir: str | pathlib.Path) -> TrainedClassifier:
     """Reads a run's newest checkpoint, and measures it on the held-out split of the run's data.
 
-    So the accuracy is of these very parameters and of the computation as it is done here.
+    The accuracy thus holds for these very parameters and this very computation.
 
     Raises:
-      UserError: where there is no run of a classifier, no whole checkpoint, or other data than it
+      UserError: where there is no run of a classifier, no whole checkpoint, or data other than it
         was trained on.
     """
     workdir = pathlib.Path(workdir)

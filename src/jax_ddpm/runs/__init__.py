@@ -1,1 +1,1 @@
-"""The folder of a run: what it is, and its checkpoints."""
+"""The folder of a run: its identity and its checkpoints."""

@@ -1,8 +1,8 @@
 """Checkpoints: ``<workdir>/checkpoints/<step>/`` with named items, each a tree of arrays.
 
-A checkpoint appears whole or not at all: Orbax writes it beside its place in the background and
-renames it, once its manifest is in it. Of several processes each writes the parts that lie on its
-devices, into a folder that all can reach; the first one alone chooses, signs and deletes.
+A checkpoint appears whole or not at all: Orbax writes it in the background beside its place, and
+renames it once its manifest is in it. Each of several processes writes the parts on its devices,
+into a folder that all can reach; only the first chooses, signs and deletes.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 
 def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | None:
-    """Step of the newest checkpoint that is whole, warning of damaged newer ones.
+    """Step of the newest whole checkpoint, with a warning of damaged newer ones.
 
-    None where there is no checkpoint. The first process looks, for all of them.
+    None where there is no checkpoint. The first process looks, for all processes.
 
     Raises:
       UserError: where there are checkpoints, but all are damaged.
@@ -64,7 +64,7 @@ def _newest(workdir: pathlib.Path, items: Iterable[str] | None) -> int | None:
 
 
 def choose_step(workdir: pathlib.Path, step: int | None, item: str) -> int:
-    """The step asked for, or else of the newest checkpoint whose ``item`` is whole.
+    """The step asked for, or that of the newest checkpoint whose ``item`` is whole.
 
     Raises:
       UserError: where there is no such checkpoint.
@@ -85,7 +85,7 @@ def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
     """One item of a checkpoint, such as "ema" or "params", as a tree of NumPy arrays.
 
     Raises:
-      UserError: where it is damaged, or Orbax cannot read it.
+      UserError: where the item is damaged, or Orbax cannot read it.
     """
     import orbax.checkpoint as ocp
 
@@ -102,7 +102,7 @@ def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
 
 
 def digest(params: Any) -> str:
-    """Tells parameters apart, wherever their run lies."""
+    """A hash that identifies parameters, wherever their run lies."""
     sha256 = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         sha256.update(np.ascontiguousarray(leaf).tobytes())
@@ -110,9 +110,9 @@ def digest(params: Any) -> str:
 
 
 class Checkpoints:
-    """Saves and restores what a run goes on from; to be closed, which waits for the last save.
+    """Saves and restores what a run goes on from; closing it waits for the last save.
 
-    Kept are the last ``keep_last`` and those at multiples of ``keep_every`` (0: none).
+    It keeps the last ``keep_last`` checkpoints and those at multiples of ``keep_every`` (0: none).
     """
 
     def __init__(self, workdir: pathlib.Path, keep_last: int, keep_every: int):
@@ -132,7 +132,7 @@ class Checkpoints:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if lost(error):
-            return  # what is under way will never be whole
+            return  # a save under way will never be whole
         failure = contextlib.suppress(UserError) if error else contextlib.nullcontext()
         with contextlib.closing(self._saver), failure:
             self.wait()
@@ -151,7 +151,7 @@ class Checkpoints:
     ) -> None:
         """Saves in the background, after copying the items, trees of arrays by name, to the host.
 
-        ``progress`` is what the loop needs beside them, as JSON.
+        ``progress`` is the rest of what the loop needs, as JSON.
 
         Raises:
           UserError: where this or the previous save failed; earlier checkpoints stay as they are.
@@ -193,7 +193,7 @@ class Checkpoints:
             return
         for step in steps(self._workdir)[: -self._keep_last]:
             if not self._keep_every or step % self._keep_every:
-                # Renamed first: what is deleted halfway must not look like a checkpoint.
+                # Renamed first: a half-deleted folder must not look like a checkpoint.
                 path = self._folder / str(step)
                 shutil.rmtree(path.rename(path.with_name(path.name + _DELETED)))
 
@@ -207,12 +207,12 @@ class Checkpoints:
     def restore(self, items: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """Step, items and progress of the newest whole checkpoint.
 
-        ``items`` say their structure and how they lie on the devices, on which and on how many may
-        have changed. Damaged newer checkpoints are set aside in ``damaged/``. Without a checkpoint
-        it is step 0 with ``items`` themselves, and {}.
+        ``items`` give the structure and the layout over the devices; which devices, and how many,
+        may have changed. Damaged newer checkpoints are set aside in ``damaged/``. Without a
+        checkpoint the result is step 0, ``items`` themselves, and {}.
 
         Raises:
-          UserError: where all are damaged, or the checkpoint is of another structure.
+          UserError: where all are damaged, or the checkpoint has another structure.
         """
         import orbax.checkpoint as ocp
 
@@ -252,7 +252,7 @@ class Checkpoints:
 
 
 def _not_empty(items: dict[str, Any]) -> dict[str, Any]:
-    """Orbax refuses trees without leaves."""
+    """The items with leaves: Orbax refuses trees without."""
     return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
 

@@ -1,4 +1,4 @@
-"""What a run is: its config and its data, noted in the workdir and compared when it resumes."""
+"""A run's identity: its config and data, noted in the workdir and compared when it resumes."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ def require_same_run(
     """Compares with the run whose checkpoints lie in the workdir, if there is one.
 
     Raises:
-      UserError: naming all that differs in meaning, unless changes are accepted: then it warns.
+      UserError: naming all that differs in meaning. It only warns where changes are accepted.
     """
     if not checkpoint.steps(workdir):
         return
@@ -43,7 +43,7 @@ def require_same_run(
 
 
 def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None:
-    """Notes what the run is, in ``config.json`` and ``data.json``."""
+    """Notes the run's identity in ``config.json`` and ``data.json``."""
     with replacing(workdir / "config.json") as path:
         path.write_text(config.to_json(indent=2) + "\n")
     with replacing(workdir / "data.json") as path:
@@ -54,7 +54,7 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
     """The config that a workdir was trained with and the spec of its data.
 
     Raises:
-      UserError: where there is none, or it cannot be read.
+      UserError: where the workdir has none, or they cannot be read.
     """
     try:
         stored = json.loads((workdir / "config.json").read_text())
@@ -76,10 +76,11 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
 def differences(
     old: tuple[ConfigDict, Spec], new: tuple[ConfigDict, Spec]
 ) -> dict[str, tuple[Any, Any]]:
-    """What differs in meaning between two runs: field → (old, new).
+    """The differences in meaning between two runs: field → (old, new).
 
-    The model, process, data, loss and optimiser have meaning; intervals, devices and where the data
-    lies do not, nor has the number of steps unless the learning rate decays towards it.
+    The model, process, data, loss and optimiser have meaning; intervals, devices and the place of
+    the data have none. The number of steps has meaning only if the learning rate decays towards
+    it.
     """
     free = {name for name, option in fields().items() if option.free}
     if "cosine" in (old[0].training.decay, new[0].training.decay):

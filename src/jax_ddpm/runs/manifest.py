@@ -1,6 +1,6 @@
 """``manifest.json`` of a checkpoint: the SHA-256 of every file of its items.
 
-Orbax itself restores from damaged files without a word.
+Orbax itself restores damaged files without a warning.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ _NAME = "manifest.json"
 
 
 class Damaged(Exception):
-    """A checkpoint whose files are not those that were written."""
+    """A checkpoint whose files are not as written."""
 
 
 def sign(path: pathlib.Path) -> None:
@@ -23,7 +23,7 @@ def sign(path: pathlib.Path) -> None:
 
 
 def verify(path: pathlib.Path, items: Iterable[str] | None = None) -> None:
-    """Compares the files of the items, of all by default, with the manifest.
+    """Compares the files of the items (all by default) with the manifest.
 
     Raises:
       Damaged: naming the first file that is missing or differs.

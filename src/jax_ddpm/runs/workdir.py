@@ -1,4 +1,4 @@
-"""A run's folder, which one job at a time trains into."""
+"""A run's folder: one job at a time trains into it."""
 
 import contextlib
 import pathlib
@@ -13,7 +13,7 @@ def claimed(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the folder, and keeps other jobs from training into it meanwhile.
 
     Raises:
-      UserError: where it cannot be written, or another job trains there.
+      UserError: where the folder cannot be written, or another job trains there.
     """
     with contextlib.ExitStack() as held:
         from_first(lambda: _claim(workdir, held))

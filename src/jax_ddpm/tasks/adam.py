@@ -19,14 +19,14 @@ def clipped_adam(
         Δθ = -η·m̂/(√v̂ + ε)   with   m̂ = m/(1-β₁ᵗ),   v̂ = v/(1-β₂ᵗ)
 
     The update takes ‖g‖ as ``norm``, and ``finite``: where that is false the state stays as it is
-    and Δθ is 0. With that choice made here, and with clip and bias corrections as factors (section
-    2 there), each array is read and written once. To choose between what optax's own ``adam`` gives
-    and what was before, XLA would copy all that was before at every step.
+    and Δθ is 0. This choice is made here, and clip and bias corrections are factors (section 2
+    there), so each array is read and written once. A choice between the old state and the result of
+    optax's own ``adam`` would make XLA copy the whole old state at every step.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
         def zeros(like: Array) -> np.ndarray:
-            return np.zeros(like.shape, like.dtype)  # JAX's would be compiled
+            return np.zeros(like.shape, like.dtype)  # jnp.zeros would be compiled
 
         mu, nu = jax.device_put([jax.tree.map(zeros, params) for _ in range(2)])
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
@@ -44,7 +44,7 @@ def clipped_adam(
         rate = jnp.where(finite, learning_rate(state.count) * root / (1 - b1**t), 0)
         clip = jnp.minimum(1, max_norm / norm)
 
-        @jax.jit  # traced but once for all arrays of a shape
+        @jax.jit  # traced once for all arrays of a shape
         def one(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
             g = clip * g
             m = jnp.where(finite, m + (1 - b1) * (g - m), m)

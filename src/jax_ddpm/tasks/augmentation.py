@@ -14,7 +14,7 @@ def flip(keys: Any, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 
 
 def shift(keys: Any, x: Float[Array, "b h w c"], most: int) -> Float[Array, "b h w c"]:
-    """Moves images by -most, …, most pixels down and across; what comes into view is -1, black."""
+    """Moves images by -most, …, most pixels down and across; uncovered pixels are -1, black."""
 
     def move(key: Any, image: Array) -> Array:
         top, left = jax.random.randint(key, (2,), 0, 2 * most + 1)

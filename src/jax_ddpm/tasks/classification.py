@@ -1,4 +1,4 @@
-"""Classifiers, of clean and of noisy images, and what their training minimises."""
+"""Classifiers of clean and of noisy images, and their objectives."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from jax_ddpm.tasks.objective import Metrics, Task
 
 
 class ImageClassifier:
-    """The network that tells the classes of the data apart: ``x → (features, logits)``."""
+    """The network that classifies the data: ``x → (features, logits)``."""
 
     def __init__(self, config: ConfigDict, spec: Spec):
         require(
@@ -46,7 +46,7 @@ class ImageClassifier:
 
 
 class NoisyImageClassifier(ImageClassifier):
-    """The same of x_t, to guide by: ``(x_t, dropout_keys, time) → (features, logits)``."""
+    """The classifier of x_t, for guidance: ``(x_t, dropout_keys, time) → (features, logits)``."""
 
     def __init__(self, config: ConfigDict, spec: Spec):
         super().__init__(config, spec)
@@ -63,9 +63,9 @@ class ClassificationObjective:
 
     Attributes:
       apply: the network, ``(params, x, dropout_keys) → (features, logits)``.
-      num_levels: of the data, for scaling to [-1, 1].
-      flip, shift: mirror images at random, and move them by up to so many pixels.
-      augment: flips, shifts and dropout happen: False when measuring.
+      num_levels: the levels of the data, for scaling to [-1, 1].
+      flip, shift: whether to mirror images at random, and the most pixels to move them by.
+      augment: whether flips, shifts and dropout happen: False when measuring.
     """
 
     apply: Callable
@@ -112,14 +112,14 @@ class ClassificationObjective:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class NoisyClassificationObjective(ClassificationObjective):
-    """-log p(label | x_t) with x_t ~ q(x_t | x_0) at random times, to guide sampling by.
+    """-log p(label | x_t) with x_t ~ q(x_t | x_0) at random times, for guidance.
 
-    (Dhariwal & Nichol 2021, section 4.) The least that it can reach grows with t from what the
-    images tell to what is known without them.
+    (Dhariwal & Nichol 2021, section 4.) Its least value grows with t: from that of clean images to
+    that without any image.
 
     Attributes:
       apply: also takes ``time=``, ``[batch]``.
-      parameterisation: of the noise, and of what the network is fed.
+      parameterisation: that of the noise and of the network's input.
     """
 
     parameterisation: Parameterisation
@@ -130,7 +130,7 @@ class NoisyClassificationObjective(ClassificationObjective):
         return self.time_sampler.init()
 
     def measuring(self) -> "NoisyClassificationObjective":
-        """The noise stays, at times spread evenly over a batch; nothing else is random."""
+        """The same with only the noise random, at times spread evenly over a batch."""
         return dataclasses.replace(self, augment=False, time_sampler=self.time_sampler.measuring())
 
     def __call__(

@@ -34,11 +34,11 @@ class DiffusionObjective:
       loss: "error", the weighted ε-error; "bound", T·L_t in bits/dim; "hybrid", the error plus
         ``bound_weight`` times the bound, which then trains the variance alone (Nichol & Dhariwal
         2021, eq. 16).
-      num_levels: of the data, for scaling to [-1, 1] and for the discrete decoder.
-      self_condition: half of the examples are told what the network makes of them first (Chen et
-        al. 2023, Analog bits, algorithm 1), the others 0.
+      num_levels: the levels of the data, for scaling to [-1, 1] and for the discrete decoder.
+      self_condition: whether half of the examples get the network's first estimate of them (Chen et
+        al. 2023, Analog bits, algorithm 1), and the others 0.
       label_drop: share of labels replaced by the null label; None without labels.
-      augment: flips, dropout and label drop happen: False when measuring.
+      augment: whether flips, dropout and label drop happen: False when measuring.
     """
 
     apply: Callable
@@ -59,7 +59,7 @@ class DiffusionObjective:
         return self.time_sampler.init()
 
     def measuring(self) -> "DiffusionObjective":
-        """Without what is random for training alone, and with times spread evenly over a batch."""
+        """The same without the randomness of training, with times spread evenly over a batch."""
         return dataclasses.replace(self, augment=False, time_sampler=self.time_sampler.measuring())
 
     def __call__(
@@ -111,7 +111,7 @@ class DiffusionObjective:
         return conditioning
 
     def _told(self, estimate: Array, keys: StepKeys) -> Array:
-        """The estimate for half of the examples, 0 for the others; when measuring for all."""
+        """The estimate for half of the examples, 0 for the others; for all when measuring."""
         if not self.augment:
             return estimate
         told = jax.vmap(jax.random.bernoulli)(keys.per_example(Stream.SELF_CONDITION))

@@ -1,4 +1,4 @@
-"""The contracts of what is trained: an objective, and a task, which makes it from a config."""
+"""The contracts of training: an objective, and a task, which makes it from a config."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,13 +12,13 @@ from jax_ddpm.models.table import NETWORKS
 from jax_ddpm.options import Table
 
 # A metric is a weighted sum and its weight, so that means over examples, micro-batches, devices
-# and steps are exact, also where a batch has no example of a kind.
+# and steps are exact, even where a batch has no example of a kind.
 Metrics = dict[str, tuple[Array, Array]]
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a phase minimises: the mean of the losses over the global batch."""
+    """The function that a phase minimises: the mean of the losses over the global batch."""
 
     def __call__(
         self,
@@ -51,8 +51,8 @@ class Task(NamedTuple):
     Attributes:
       model: ``(config, spec) → model``, whose ``network`` has the parameters "network"; raises
         UserError where config and data do not fit each other.
-      objective: ``(config, model) → what training minimises``.
-      networks: its table of networks, of which the first is the usual one.
+      objective: ``(config, model) → objective``.
+      networks: its table of networks; the first is the default.
     """
 
     model: Callable[[ConfigDict, Spec], Any]
@@ -61,5 +61,5 @@ class Task(NamedTuple):
 
     @property
     def draws(self) -> bool:
-        """Whether what it trains draws images."""
+        """Whether its models draw images."""
         return self.networks is NETWORKS

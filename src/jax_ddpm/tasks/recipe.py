@@ -1,4 +1,4 @@
-"""How to train: the phases of a step, their optimisers, the averages that are kept."""
+"""How to train: the phases of a step, their optimisers, the averages kept."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +15,7 @@ class Phase(NamedTuple):
     """One objective and the named parameters that its optimiser updates.
 
     The optimiser's update takes the gradients' global ``norm``, and ``finite``; where that is false
-    it shall change nothing.
-    ``learning_rate`` is its schedule, step → rate, for the log.
+    it must change nothing. ``learning_rate`` is its schedule, step → rate, for the log.
     """
 
     objective: Objective

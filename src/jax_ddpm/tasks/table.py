@@ -1,4 +1,4 @@
-"""What a config can train, by name."""
+"""The tasks of a config, by name."""
 
 from typing import Any
 
@@ -25,5 +25,5 @@ def make_model(config: ConfigDict, spec: Spec) -> Any:
 
 
 def make_objective(config: ConfigDict, model: Any) -> Measurable:
-    """What training that model minimises."""
+    """The objective that training that model minimises."""
     return TASKS[config.task].objective(config, model)

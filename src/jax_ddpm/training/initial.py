@@ -22,7 +22,7 @@ def initial_parameters(
     That run is no longer needed once this one has a checkpoint in ``workdir``.
 
     Raises:
-      UserError: where there is no such run, or its network is another one.
+      UserError: where there is no such run, or it has another network.
     """
     params = network.init(stream_key(seed, Stream.PARAMETERS))
     if not config.init_from or from_first(lambda: checkpoint.steps(workdir)):

@@ -41,19 +41,20 @@ def train(
     profile: bool = False,
     poll: Poll = never,
 ) -> pathlib.Path:
-    """Trains into ``workdir`` up to ``training.num_steps``; returns the path of what came last.
+    """Trains into ``workdir`` up to ``training.num_steps``.
 
-    That is a sample grid, of a classifier the last checkpoint. Writes ``config.json``,
-    ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and ``checkpoints/``. A run
-    that lies there goes on from its newest whole checkpoint, to the same parameters and the same
-    ``metrics.jsonl`` as if it had never been interrupted. Of several processes all write the
-    checkpoints, and the first one everything else.
+    Writes ``config.json``, ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and
+    ``checkpoints/``. A run that lies there goes on from its newest whole checkpoint, to the same
+    parameters and the same ``metrics.jsonl`` as if it had never been interrupted. All of several
+    processes write the checkpoints; the first writes everything else.
 
     Args:
       accept_changes: go on although the config differs in meaning from the run's.
       profile: write a trace of a few steps into ``profile/``.
-      poll: called after every dispatch of steps; where it raises Stopped, all is saved before that
-        passes on.
+      poll: called after every dispatch of steps; all is saved before its Stopped passes on.
+
+    Returns:
+      The path of the last sample grid; for a classifier, of the last checkpoint.
 
     Raises:
       UserError: where the workdir cannot be written or holds another run, or a loss or gradient is
@@ -94,7 +95,7 @@ def _train(
     profile: bool,
     poll: Poll,
 ) -> pathlib.Path:
-    """``own`` is where this process writes all but the checkpoints."""
+    """Trains; ``own`` is the folder of all that this process writes except checkpoints."""
     model = make_model(config, source.spec)
     objective = make_objective(config, model)
     recipe = make_recipe(config, objective)
@@ -147,13 +148,13 @@ def _train(
                 return done > 0 and (done % interval == 0 or done == num_steps)
 
             def stride() -> int:
-                """As many steps as one dispatch takes, or 1 where something is due before."""
+                """The steps of one dispatch, or 1 where something is due before its end."""
                 intervals = every.heldout_every, every.sample_every, every.checkpoint_every
                 left = min(num_steps - done, *(n - done % n for n in intervals))
                 return every.steps_per_dispatch if every.steps_per_dispatch <= left else 1
 
             def evaluate() -> None:
-                """Writes nothing before all is measured, so that it can be done over."""
+                """Writes only after all is measured, so that it can be repeated."""
                 drawer = generator if due(every.sample_every) else None
                 if not (due(every.heldout_every) or drawer):
                     return
@@ -170,7 +171,7 @@ def _train(
 
             bar.say(describe(params, source, mesh, done))
             try:
-                evaluate()  # an interrupted run may have stopped right before
+                evaluate()  # an interrupted run may have stopped right before it
                 while done < num_steps:
                     count = stride()
                     with profiler.step(done):
@@ -189,13 +190,13 @@ def _train(
             except Stopped:
                 if checkpoints.last != done:
                     save()
-                checkpoints.wait()  # or whoever stopped it would not learn that it failed
+                checkpoints.wait()  # or a failed save would go unnoticed
                 raise
     return picture(done) if generator else checkpoint.folder(workdir) / str(done)
 
 
 def describe(params: dict[str, Any], source: Source, mesh: Mesh, done: int) -> str:
-    """What is about to be trained on what, in a line."""
+    """What is trained, and on which devices and data, in a line."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     spec, device = source.spec, mesh.devices.flat[0]
     height, width, channels = spec.image_shape

@@ -1,4 +1,4 @@
-"""Everything that a training run needs, tried out before it is submitted; nothing is trained."""
+"""Tries out everything that a training run needs, before it is submitted; trains nothing."""
 
 import contextlib
 import pathlib
@@ -29,16 +29,16 @@ from jax_ddpm.training.step import compile_step, spread
 
 
 class Preflight:
-    """The checks, in an order in which each finds ready what it needs."""
+    """The checks, ordered so that each finds what it needs."""
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
 
     def run(self, poll: Poll = never) -> None:
-        """Prints a row for each check, before each of which ``poll`` is called.
+        """Prints a row for each check; calls ``poll`` before each.
 
         Raises:
-          UserError: at the first that fails, with what is to be mended.
+          UserError: at the first check that fails, with what to mend.
         """
         for check in (
             self.devices,
@@ -64,7 +64,7 @@ class Preflight:
         return f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
 
     def settings(self) -> str:
-        """Fields that contradict each other or these devices."""
+        """No field contradicts another or these devices."""
         validate(self.config, self.mesh.size)
         training = self.config.training
         return f"{training.num_steps:,} steps of {training.batch_size} images"
@@ -82,7 +82,7 @@ class Preflight:
         return f"{self.workdir}, {_bytes(shutil.disk_usage(self.workdir).free)} free"
 
     def data(self) -> str:
-        """The source reads, fits the config, and is that of the run in the workdir."""
+        """The source can be read, fits the config, and is that of the run in the workdir."""
         start = time.perf_counter()
         self.source = factory.make_source(self.config)
         spec = self.source.spec
@@ -111,14 +111,14 @@ class Preflight:
         return f"{count:,}; with averages and optimiser {_bytes(self.state_bytes)}"
 
     def checkpoints(self) -> str:
-        """A checkpoint can be written, verified and read back, and there is room for all."""
+        """A checkpoint can be written, verified and read back, with room for all."""
         training, done = self.config.training, checkpoint.newest(self.workdir)
         if done is not None and done > training.num_steps:
             raise UserError(
                 f"--workdir={self.workdir}: {done} steps are done; raise training.num_steps"
             )
         for_good = training.num_steps // training.keep_every if training.keep_every else 0
-        held = len(checkpoint.steps(self.workdir))  # take their room already
+        held = len(checkpoint.steps(self.workdir))  # they take their room already
         count = max(1, training.keep_last + for_good + 1 - held)
         room, needed = shutil.disk_usage(self.workdir).free, self.state_bytes * count
         if room < needed:
@@ -144,7 +144,7 @@ class Preflight:
         return f"written in {written - start:.1f} s, read in {read - written:.1f} s{resumes}"
 
     def train_step(self) -> str:
-        """One step compiles, and what it will hold in memory."""
+        """One step compiles; the row says what it will hold in memory."""
         start = time.perf_counter()
         step_fn = compile_step(
             self.recipe, self.state, self.mesh, self.config.parallel, self.resident

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The state that training carries from step to step."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
 def init_state(recipe: Recipe, params: dict[str, Any], extra: Any) -> TrainState:
     """The state before step 0: averages start from copies of the parameters.
 
-    Nothing is compiled for it, which takes longer than the copies do.
+    Nothing is compiled for it: that would take longer than the copies.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -43,12 +43,12 @@ def init_state(recipe: Recipe, params: dict[str, Any], extra: Any) -> TrainState
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """All but the step, as the items of a checkpoint."""
+    """All except the step, as the items of a checkpoint."""
     items = state._asdict()
     del items["step"]
     return items
 
 
 def from_items(step: int, items: dict[str, Any], like: TrainState) -> TrainState:
-    """The state of these items; its step lies on the devices where that of ``like`` does."""
+    """The state of these items; its step is placed on the devices like that of ``like``."""
     return TrainState(place(np.int32(step), like.step.sharding), **items)

@@ -14,7 +14,7 @@ _LARGEST = 2**30  # bytes, a multiple of what one run fills
 
 
 def keep(folder: pathlib.Path) -> None:
-    """In this process and those that it starts."""
+    """Keeps programs in this process and those that it starts."""
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "inf",

@@ -38,7 +38,7 @@ class Job:
             process.start()
 
     def results(self, seconds: float = 120) -> list[Result]:
-        """Of each process; what is under way after ``seconds`` is killed."""
+        """The result of each process; what is under way after ``seconds`` is killed."""
         for process in self.processes:
             process.join(seconds)
         hanging = [process for process in self.processes if process.is_alive()]
@@ -95,7 +95,7 @@ def tells_of_another(result: Result) -> bool:
 
 
 def without_gloo(text: str) -> str:
-    """What the library that carries the collectives between processes prints is left out.
+    """The output without the lines of the library that carries collectives between processes.
 
     Its threads print in pieces, so that one's line may break another's.
     """

@@ -313,7 +313,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_mistake_is_the_same_sentence_as_on_the_command_line(run, workdir, images, name):
-    """With Python's names of arguments in place of flags, and nothing is written."""
+    """Python's names of arguments take the place of flags, and nothing is written."""
     make, flags = BAD[name]
     places = {"r": run, "w": workdir, "i": images, "load": jax_ddpm.load, "train": jax_ddpm.train}
     wanted = inspect.signature(make).parameters
@@ -357,7 +357,7 @@ class TestInPython:
         assert in_python(expected) == expected
 
     def test_defaults_are_those_that_help_tells(self):
-        """Those that depend on the mode apart."""
+        """Defaults that depend on the mode are left out."""
         functions = (api.train, api.load, Run.sample, Run.write_samples, Run.write_edits)
         functions += (api.evaluate, Request)
         found = {}

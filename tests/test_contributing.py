@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of parts of one's own works, and how such modules fail."""
+"""The code of CONTRIBUTING.md works, as parts of one's own; and how such modules fail."""
 
 import importlib
 import pathlib
@@ -34,7 +34,7 @@ ADDED = {
 
 
 def forget():
-    """As in a new process."""
+    """Forgets the imported modules, as a new process would."""
     for name in CODE:
         sys.modules.pop(name, None)
     for table, name in ADDED.values():
@@ -43,7 +43,7 @@ def forget():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The code of the pages, in files that Python finds."""
+    """The code of CONTRIBUTING.md, in files that Python finds."""
     folder = tmp_path_factory.mktemp("own")
     for name, code in CODE.items():
         (folder / f"{name}.py").write_text(code)

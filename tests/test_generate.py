@@ -1,4 +1,4 @@
-"""The sampling driver: sample i is a function of (parameters, seed, i, label) and nothing else."""
+"""The sampling driver: sample i is a function only of (parameters, seed, i, label)."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_fewer_samples_are_the_first_ones(generator, params, samples):
 
 @pytest.mark.parametrize(("batch_size", "num_devices"), [(2, 1), (8, 4)])
 def test_noise_is_keyed_by_seed_and_index(model, params, monkeypatch, batch_size, num_devices):
-    """Seen with a sampler that returns what it is given."""
+    """A sampler that returns what it is given shows it."""
 
     def unsampled(sampler, denoiser, x, keys, *_):
         return x, Snapshots(x[None], per_example_normal(keys, x)[None])
@@ -93,7 +93,7 @@ def test_seeds_differ(generator, params, samples):
 
 @pytest.mark.parametrize("label", [None, 2])
 def test_labels_are_by_column_or_as_asked(label):
-    """Read off the samples of a "network" that predicts x_0 from the label alone."""
+    """The samples of a "network" that predicts x_0 from the label alone show them."""
     fields = {"parameterisation__target": "x0", "model__class_conditional": True}
     model = tiny.model(tiny.config(**fields), tiny.spec(SHAPE))
 
@@ -182,7 +182,7 @@ class TestDraw:
 
     @pytest.mark.parametrize("polls", range(4))
     def test_stops_when_the_poll_says_so(self, generator, params, samples, polls):
-        """At any batch; none that it has given is wrong."""
+        """It stops at any batch; none that it has given is wrong."""
         allowed, seen = iter(range(polls)), []
 
         def poll():
@@ -278,7 +278,7 @@ class TestSteps:
 
 
 class TestGuidance:
-    """With the UNet itself, tiny, and parameters of which none is zero."""
+    """Guidance with a tiny UNet whose parameters are all nonzero."""
 
     CONFIG = tiny.config(model__class_conditional=True, process__num_timesteps=3)
 
@@ -304,7 +304,7 @@ class TestGuidance:
         return Generator(self.model(scale), 4, mesh())(unet_params, 0, 4, label)
 
     def test_scale_1_draws_what_is_drawn_without_it(self, unet, unet_params):
-        """To the last bit: also of one who knows nothing of guidance."""
+        """The samples agree to the last bit, also with code that knows nothing of guidance."""
         np.testing.assert_array_equal(
             self.draw(unet_params, 1.0), Generator(unet, 4, mesh())(unet_params, 0, 4)
         )
@@ -313,7 +313,7 @@ class TestGuidance:
     @pytest.mark.slow
     @pytest.mark.parametrize("scale", [0.0, 2.0])
     def test_other_scales_follow_from_the_two_predictions(self, unet, unet_params, scale):
-        """With the network told the label and, by its own null label, none."""
+        """One prediction is told the label; the other, by the network's null label, none."""
         x = per_example_normal(jax.random.split(jax.random.key(1), 3), jnp.zeros((3, *SHAPE)))
         t, label = jnp.float32(1), jnp.array([2, 0, 1])
         null = {"label": label, "label_drop": jnp.ones(3, bool)}

@@ -73,7 +73,7 @@ def room(name):
 
 
 def test_no_import_runs_upwards():
-    """Nor sideways, so that there are no circles among rooms either."""
+    """No import runs sideways either, so there are no circles among rooms."""
     edges = [(module(path), imported) for path in FILES for imported in imports(path)]
     across = [edge for edge in edges if room(edge[0]) != room(edge[1])]
     assert [edge for edge in across if FLOOR[room(edge[0])] <= FLOOR[room(edge[1])]] == []

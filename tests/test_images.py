@@ -103,7 +103,7 @@ class TestGif:
 
     @pytest.mark.parametrize(("count", "each"), [(2, 2000), (8, 500), (40, 100), (250, 20)])
     def test_takes_four_seconds_and_then_holds_its_end(self, tmp_path, count, each):
-        """But for frames that viewers would slow down: those shorter than 20 ms."""
+        """Only frames that viewers would slow down, shorter than 20 ms, are excepted."""
         save_gif(tmp_path / "film.gif", self.moments(count), columns=3)
         durations = [duration for _, duration in self.frames(tmp_path / "film.gif")]
         assert durations == [each] * (count - 1) + [2000]
@@ -139,7 +139,7 @@ class TestPng:
     @pytest.mark.parametrize("where", ["save", "replace"])
     @pytest.mark.parametrize("exists", [False, True])
     def test_killed_leaves_the_old_file_or_none(self, tmp_path, monkeypatch, where, exists):
-        """Halfway through the new one, or right before it takes the old one's place."""
+        """The kill comes halfway through the new one, or right before it replaces the old one."""
         path, save = tmp_path / "image.png", Image.Image.save
         if exists:
             save_png(path, self.image(0))

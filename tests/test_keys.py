@@ -29,7 +29,7 @@ def test_streams_have_numbers_of_their_own():
 
 
 def test_no_key_serves_twice(seed):
-    """Over streams, steps and examples, shared keys and those of streams included."""
+    """Keys differ over streams, steps and examples, shared keys and those of streams included."""
     keys = [stream_key(seed, stream) for stream in Stream]
     for stream, step in itertools.product(Stream, range(3)):
         keys += [step_keys(seed, step).shared(stream), step_keys(seed, step).per_example(stream)]

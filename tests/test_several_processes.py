@@ -40,7 +40,7 @@ ITEMS = ("params", "ema", "opt_state", "extra")
 
 
 def network(out_channels, num_classes):
-    """Of a few parameters and one matrix, large enough to be split over devices."""
+    """A network of a few parameters and one matrix, large enough to be split over devices."""
     few = tiny.network(out_channels, num_classes)
 
     def init(key):
@@ -54,7 +54,7 @@ def network(out_channels, num_classes):
 
 
 def prepare(devices):
-    """In the child: a network that compiles fast, and its devices."""
+    """Sets up a network that compiles fast, and devices, in the child."""
     factory.make_network = lambda module, x, *_: network(x.shape[-1], module.num_classes)
     jax.config.update("jax_num_cpu_devices", devices)
 
@@ -78,7 +78,7 @@ def results(runs):
 
 
 def succeeds(folder, count, devices, *flags):
-    """What the first process prints; the others must not say anything."""
+    """The output of the first process; the others must not say anything."""
     first, *others = results(start(folder, count, devices, *flags))
     assert first.returncode == 0, first.stderr
     for other in others:

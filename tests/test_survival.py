@@ -39,7 +39,7 @@ FLAGS = [
 
 
 def replace_network():
-    """In the child: a network of a few parameters, which compiles fast."""
+    """Puts a network of a few parameters in place in the child, which compiles fast."""
     factory.make_network = lambda module, x, *_: tiny.network(x.shape[-1], module.num_classes)
 
 
@@ -76,8 +76,8 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_again_and_again(undisturbed, tmp_path):
-    """By SIGKILL, or asked by SIGTERM or SIGINT, at any moment: also before the first step, while
-    evaluating, while saving, and while stopping."""
+    """SIGKILL, SIGTERM or SIGINT comes at any moment: also before the first step, while evaluating,
+    while saving, and while stopping."""
     workdir, rng, seen = tmp_path / "run", random.Random(0), []
     for attempt in range(100):
         kind = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -99,7 +99,7 @@ def test_killed_again_and_again(undisturbed, tmp_path):
 
 
 def limit_file_size():
-    """In the child: as on a disk with little room, a file cannot grow beyond 2000 bytes."""
+    """Lets no file grow beyond 2000 bytes in the child, as on a disk with little room."""
     replace_network()
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 

@@ -23,7 +23,7 @@ def quick_compilation():
 
 @contextlib.contextmanager
 def no_file_grows_past(size):
-    """As on a full disk."""
+    """Lets no file grow further, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

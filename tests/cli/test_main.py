@@ -165,7 +165,7 @@ class TestSample:
         assert out.read_bytes() != picture_of_training.read_bytes()
 
     def test_in_other_ways_than_the_run_says(self, digits, folder):
-        """By the short flags or the fields they stand for; the record beside them says how."""
+        """The short flags and their fields say how; the record beside the samples notes it."""
         flags = ["--mode=sample", f"--workdir={digits}", "--num_samples=2"]
         short, long = folder / "short.npz", folder / "long.npz"
         written(*flags, "--sampler=ddim", "--num_steps=3", f"--out={short}")
@@ -383,7 +383,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def places(folder, digits, conditional):
-    """What the flags above speak of, made to be wrong."""
+    """The files of the flags above, made to be wrong."""
     files, bare, damaged = folder / "files", folder / "bare", folder / "damaged"
     for name, text in FILES.items():
         (files / name).parent.mkdir(parents=True, exist_ok=True)
@@ -417,7 +417,7 @@ def test_the_list_of_mistakes_only_grows():
 
 class TestConfig:
     def test_by_name_path_or_a_runs_own_is_the_same(self, digits, folder):
-        """Told by what a run of each would say to be different from the one there."""
+        """The difference from the run there tells which config was read."""
         flags = [*TINY, "--config.seed=1", f"--workdir={digits}"]
         ways = ["digits", ROOT / "configs" / "digits.py", digits / "config.json"]
         told = {mistake(f"--config={way}", *flags, cwd=folder) for way in ways}
@@ -462,7 +462,7 @@ def test_every_mode_is_a_function_and_takes_known_flags():
 
 
 class TestProcess:
-    """What only a process of its own can show."""
+    """Behaviour that only a new process can show."""
 
     @staticmethod
     def python(*arguments, **environment):
@@ -503,7 +503,7 @@ class TestProcess:
         assert not loaded & heavy
 
     def test_the_console_script_is_main(self):
-        """Whose module loads as quickly as it answers."""
+        """Its module loads as quickly as it answers."""
         setup = configparser.ConfigParser()
         setup.read(ROOT / "setup.cfg")
         script = setup["options.entry_points"]["console_scripts"]

@@ -80,14 +80,14 @@ CLASSIFIER = {"task": "classification", "model__attention_resolutions": ()}
 
 
 def torch_file(path):
-    """A state dict, but of nothing."""
+    """A state dict of nothing."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({}))
 
 
 @pytest.fixture(scope="module")
 def places(small_networks, tmp_path_factory):
-    """What the flags below speak of."""
+    """The files of the flags below."""
     folder = tmp_path_factory.mktemp("main_eval")
     files = folder / "files"
     files.mkdir()
@@ -149,7 +149,7 @@ def places(small_networks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """Away from the checkout."""
+    """A working directory away from the checkout."""
     return tmp_path_factory.mktemp("output")
 
 
@@ -358,7 +358,7 @@ class TestEval:
 
 
 def test_stats_serve_in_place_of_the_images(succeeds):
-    """With the same result under the same protocol, so that the records compare."""
+    """The result and the protocol are the same, so that the records compare."""
     out = "{new}/train.npz"
     assert succeeds(*STATS, DIGITS, "--split=train", f"--out={out}")[0].endswith("train.npz")
     succeeds(*FID, "--out={new}/images.json")
@@ -372,7 +372,7 @@ def test_stats_serve_in_place_of_the_images(succeeds):
 
 
 def test_stats_are_of_the_training_images_like_the_reference(succeeds, places):
-    """What --mode=eval compares with unless told otherwise."""
+    """--mode=eval compares with them by default."""
     succeeds(*STATS, DIGITS, "--out={new}/default.npz")
     with np.load(io.BytesIO((places["new"] / "default.npz").read_bytes())) as stored:
         assert json.loads(str(stored["record"]))["reference"]["split"] == "train"

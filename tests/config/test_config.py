@@ -36,7 +36,7 @@ def validate_for_data(config, shape, num_classes):
 
 
 def meaning(config):
-    """Of the network's output and input."""
+    """The meaning of the network's output and input."""
     fields = config.parameterisation
     return fields.target, fields.variance, fields.condition_on, fields.normalise_input
 
@@ -405,7 +405,7 @@ def test_256_pixels_are_the_papers_recipe(name):
 
 
 def test_256_pixels_take_the_papers_114_million_parameters():
-    """As many as the published weights have."""
+    """The published weights have as many."""
     config = named("celebahq256")
     spec = tiny.spec((256, 256, 3), num_levels=256)
     network = factory.Model(config, spec).network

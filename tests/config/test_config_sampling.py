@@ -176,7 +176,7 @@ class TestOptions:
         validate_sampling(tiny.config(**fields))
 
     def test_the_optimal_variance_is_not_for_training(self):
-        """Which would have to sample a model of which it is not known."""
+        """Training would have to sample a model whose optimal variance is not known."""
         message = the_error(validate, 1, sampling__variance="optimal")
         assert message.startswith("config.sampling.variance is 'optimal'; ")
 
@@ -191,7 +191,7 @@ NOT_EVERY_STEP = {
 
 
 class TestLearnedLogVariances:
-    """They are of the single steps of the chain."""
+    """They belong to single steps of the chain."""
 
     @pytest.mark.parametrize("field", NOT_EVERY_STEP)
     def test_are_not_for_other_steps(self, field):
@@ -244,7 +244,7 @@ CONTINUOUS = ["vp_linear", "vp_cosine", "vp_sigmoid", "ve", "edm", "rectified_fl
 
 
 class TestNumSteps:
-    """Without a chain there are no steps to be had for nothing."""
+    """Only a chain gives a number of steps by itself."""
 
     @pytest.mark.parametrize("name", CONTINUOUS)
     def test_is_needed_in_continuous_time(self, name):
@@ -386,20 +386,20 @@ PROCESSES = {
     "shifted": {"process__name": "vp_cosine", "process__shift": 2.0},
 }
 TARGETS = ["eps", "x0", "v", "score", "velocity", "edm", "posterior_mean"]
-# Which end in pure noise, where ε and what is read off it say nothing of x_0.
+# They end in pure noise, where ε and what is read off it say nothing of x_0.
 NO_SIGNAL = ["jsd", "zero_terminal_snr", "rectified_flow"]
 CHAINS = [name for name in PROCESSES if name not in (*CONTINUOUS, "shifted")]
 
 
 def settings(process, **fields):
-    """Of a few steps, under a chain that is long enough for every schedule."""
+    """Settings of a few steps, under a chain long enough for every schedule."""
     target = "v" if process in NO_SIGNAL else "eps"
     fields = {"process__num_timesteps": 100, "parameterisation__target": target} | fields
     return tiny.config(**PROCESSES[process], **{"sampling__num_steps": 4} | fields)
 
 
 def assert_finite_images(batches):
-    """Of runs that differ in their nodes alone: each batch is ``[(model, nodes), …]``."""
+    """Runs differ only in their nodes: each batch is ``[(model, nodes), …]``."""
     noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
     keys = jax.random.split(jax.random.key(1), 2)
     models = [model for model, _ in batches[0]]
@@ -452,7 +452,7 @@ def model_of(process, sampler, grid, **fields):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_every_process_has_finite_nodes_for_each_sampler_on_its_grids(process):
-    """Also on the one that is usual for the sampler, "", which every process has."""
+    """The grids include the sampler's default, "", which every process has."""
     for sampler, grid in itertools.product(SAMPLERS, ["", *GRIDS]):
         if process in NO_SIGNAL and grid in ("karras", "log_snr"):
             with pytest.raises(UserError, match=f"config.sampling.grid is '{grid}'; .* signal"):

@@ -97,7 +97,7 @@ def test_folders_at_the_first_level_are_the_classes(split):
 
 
 def test_classes_without_split_folders(tmp_path):
-    """Also where training happens to see only some of them."""
+    """All count, even if training happens to see only some of them."""
     for number in range(20):
         save(tmp_path / f"class-{number:02d}" / "x.png", number)
     source = folder(str(tmp_path), 0)

@@ -13,7 +13,7 @@ def visits(num_steps, batch_size, num_examples, seed=0):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 25])
 def test_every_epoch_visits_each_example_once(batch_size):
-    """Also where an epoch ends inside a batch, and where a batch holds several epochs."""
+    """It holds where an epoch ends inside a batch, and where a batch holds several epochs."""
     num_examples, num_epochs = 10, 5
     num_steps = -(-num_epochs * num_examples // batch_size)
     epochs = visits(num_steps, batch_size, num_examples)[: num_epochs * num_examples]

@@ -85,7 +85,7 @@ def in_order(images, labels=None):
 
 @pytest.mark.parametrize("name", [NAME, f"{NAME}:1.2.0"])
 def test_images_and_labels_are_exact(prepare, name):
-    """In TFDS's order, which is shuffled once for all."""
+    """The order is TFDS's, shuffled once for all."""
     path = prepare()
     source = tfds(name, path, 0)
     assert source.spec[:4] == (SHAPE, 256, 5, {"train": 20, "heldout": 7})
@@ -102,7 +102,7 @@ def test_images_and_labels_are_exact(prepare, name):
 
 
 def test_tensorflow_is_not_imported(prepare):
-    """By another interpreter, that has not imported what other tests did."""
+    """Another interpreter has not imported what other tests did."""
     script = (
         "import sys, numpy; from jax_ddpm.data.tfds import tfds;"
         f"tfds({NAME!r}, {prepare()!r}, 3).batch('train', numpy.arange(20));"

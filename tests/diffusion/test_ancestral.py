@@ -1,4 +1,4 @@
-"""With the exact denoiser of Gaussian data the sampler is affine, and its moments known exactly.
+"""The exact denoiser of Gaussian data makes the sampler affine, with moments known exactly.
 
 One step is x_s = slope·x_t + offset + noise·z. All three follow from the paper's formulas in β and
 ᾱ, written out here a second time, and are read off the sampler's own steps.
@@ -107,7 +107,7 @@ def read_off(sampler, denoiser):
 
 
 def as_given(name, paper):
-    """What ``ancestral`` takes: the name of a variance, or one value per step."""
+    """The argument of ``ancestral``: the name of a variance, or one value per step."""
     return paper.optimal[::-1] if name == "optimal" else name
 
 
@@ -140,7 +140,7 @@ class TestSteps:
 
     @pytest.mark.parametrize("num_timesteps", [5, 20, 100])
     def test_optimal_variance_follows_the_marginals_exactly(self, num_timesteps):
-        """From q(x_T) every x_t has the moments of q(x_t), and x_0 the data's, in any few steps."""
+        """Every x_t from q(x_T) has the moments of q(x_t), and x_0 the data's, in any few steps."""
         chain = Chain(make_betas("cosine", num_timesteps))
         paper = Paper(chain.betas)
         sampler = ancestral(to_clean(chain, descending(num_timesteps)), paper.optimal[::-1])
@@ -159,7 +159,7 @@ class TestSteps:
 
     @pytest.mark.parametrize("chain", ["linear", "cosine"], indirect=True)
     def test_learned_log_variances_are_drawn_as_the_network_says(self, chain):
-        """On the chain itself the way through the fraction and back is the identity."""
+        """The way through the fraction and back is the identity on the chain itself."""
 
         def log_variance(t):
             return -3 - t / 100
@@ -261,7 +261,7 @@ class TestSampling:
         np.testing.assert_allclose(every.x0[1:], predicted, rtol=1e-5, atol=1e-6)
 
     def test_more_snapshots_than_steps_is_an_error(self, x, keys):
-        """They would be left empty, the last among them."""
+        """Some would be left empty, the last among them."""
         with pytest.raises(ValueError, match="snapshots"):
             run(x, keys, num_snapshots=101)
 
@@ -273,7 +273,7 @@ class TestSampling:
         assert len(TRACES) == num_traces
 
     def test_memory_does_not_grow_with_steps(self):
-        """Beyond the table of nodes: no trajectory is kept, with snapshots or without."""
+        """Only the table of nodes grows: no trajectory is kept, with snapshots or without."""
         x, keys = jnp.zeros((4, 64, 64)), jax.random.split(jax.random.key(0), 4)
 
         def temporary_bytes(num_timesteps):

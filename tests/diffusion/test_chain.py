@@ -54,7 +54,7 @@ def test_tables(chain, exact):
 
 
 def test_logarithms(chain, exact):
-    """To an absolute 1e-13 nats, since λ passes through 0; λ of ᾱ = 0 is held finite."""
+    """They agree to an absolute 1e-13 nats, since λ passes through 0; λ of ᾱ = 0 is held finite."""
     np.testing.assert_allclose(chain.log_alpha_bar, exact["log_alpha_bar"], atol=1e-13)
     np.testing.assert_allclose(
         chain.log_snr_table, np.maximum(exact["log_snr"], chain.log_snr_table.min()), atol=1e-13
@@ -101,7 +101,7 @@ def test_papers_smallest_log_variance():
 
 
 def test_posterior_mean_weights_add_like_tanh(chain):
-    """With a = √(1-β_t), A = √ᾱ_{t-1} they sum to (a + A)/(1 + a·A), which is less than 1."""
+    """They sum to (a + A)/(1 + a·A), less than 1, with a = √(1-β_t) and A = √ᾱ_{t-1}."""
     total = chain.posterior.coef_x0 + chain.posterior.coef_xt
     a, previous = np.sqrt(1 - chain.betas), np.sqrt(np.append(1, chain.alpha_bar[:-1]))
     np.testing.assert_allclose(total, (a + previous) / (1 + a * previous), rtol=1e-12)
@@ -229,7 +229,7 @@ class TestConstruction:
             Chain(np.array(betas))
 
     def test_only_the_last_step_may_destroy_everything(self):
-        """After β = 1 nothing is left of x_0, and q(x_{t-1} | x_t, x_0) is 0/0."""
+        """Nothing is left of x_0 after β = 1, and q(x_{t-1} | x_t, x_0) is 0/0."""
         Chain(np.array([0.5, 1.0]))
         with pytest.raises(ValueError, match="betas must be"):
             Chain(np.array([0.5, 1.0, 0.5]))

@@ -172,7 +172,7 @@ def test_a_time_for_all_is_the_same_as_one_for_each(batch, t):
 
 
 def test_examples_do_not_touch_each_other(batch):
-    """In parts of the batch each is what it was, and a change to one changes it alone."""
+    """Each is the same in parts of the batch, and a change to one changes only that one."""
     plain = run(guidance(2.5), batch)
     for part in (slice(None, None, -1), slice(2), slice(5, None)):
         alone = run(guidance(2.5), jax.tree.map(lambda x, part=part: x[part], batch))
@@ -201,7 +201,7 @@ def test_nothing_is_moved_where_there_is_no_signal(batch):
 
 
 def test_can_be_rescaled_and_limited_to_an_interval(batch):
-    """As every guidance: to the standard deviation, or to all, of the unguided model."""
+    """As for every guidance: to the standard deviation, or to all, of the unguided model."""
     guided, plain = run(guidance(2.5), batch), run(guidance(2.5).denoiser, batch)
     rescaled = run(RescaledGuidance(guidance(2.5), CHAIN, 1.0), batch)
     np.testing.assert_allclose(
@@ -215,7 +215,7 @@ def test_can_be_rescaled_and_limited_to_an_interval(batch):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_samples_are_distributed_as_the_mixture_or_its_class(rng, scale):
-    """By Kolmogorov and Smirnov, at 3,000 samples of the first pixel of the last class."""
+    """Kolmogorov and Smirnov's test takes 3,000 samples of the first pixel of the last class."""
     process, count, label = vp_linear(), 3000, 2
     sampler = heun(to_clean(process, log_snr_uniform(process, 60)))
     x = jnp.asarray(rng.standard_normal((count, 2)))
@@ -262,7 +262,7 @@ class TestNoisyClassifier:
         np.testing.assert_allclose(for_all, self.expected(now), atol=1e-12)
 
     def test_guides(self, classifier, batch):
-        """By its gradient, here by finite differences."""
+        """The gradient guides, here taken by finite differences."""
         model = GaussianDenoiser(0.0, 1.0, CHAIN)
         guided = run(LikelihoodGuidance(model, classifier, CHAIN, 3.0), batch)
         step = 1e-6 * np.eye(2)

@@ -153,7 +153,7 @@ def methods(process, t):
 class TestFormulas:
     @every_case
     def test_in_float64(self, case):
-        """Relative in α and σ at either end; absolute in λ, which passes through 0."""
+        """Errors are relative in α and σ at either end, absolute in λ, which passes through 0."""
         t = times(case.process)
         alpha, sigma, log_snr = exact(case, t)
         np.testing.assert_allclose(case.process.alpha(t), alpha, rtol=1e-13)
@@ -209,7 +209,7 @@ class TestEveryProcess:
     @every_process
     @pytest.mark.parametrize("dtype", RUN)
     def test_time_inverts_log_snr(self, process, dtype):
-        """To the round-off of λ, which is up to 30."""
+        """It holds to the round-off of λ, which is up to 30."""
         t = times(process).astype(dtype)
         back = RUN[dtype](lambda t: process.time(process.log_snr(t)))(t)
         tolerance = 16 * np.finfo(dtype).eps
@@ -219,7 +219,7 @@ class TestEveryProcess:
     @every_process
     @pytest.mark.parametrize("dtype", RUN)
     def test_log_snr_inverts_time(self, process, dtype):
-        """To the round-off of λ and of t, where λ may be steep."""
+        """It holds to the round-off of λ and of t, where λ may be steep."""
         ends = process.log_snr(np.array(process.time_range))
         log_snr = np.linspace(ends[0], max(ends[1], -30), 101).astype(dtype)
         back = RUN[dtype](lambda log_snr: process.log_snr(process.time(log_snr)))(log_snr)
@@ -232,7 +232,7 @@ class TestEveryProcess:
     @pytest.mark.parametrize("dtype", [np.float64, np.float32])
     @pytest.mark.parametrize("method", METHODS)
     def test_jax_agrees_with_numpy_and_keeps_the_dtype(self, process, dtype, method):
-        """Of the same float; NumPy's tables are float64."""
+        """Both take the same float; NumPy's tables are float64."""
         argument = process.log_snr(times(process)) if method == "time" else times(process)
         argument = argument.astype(dtype)
         on_host = getattr(process, method)(argument.astype(np.float64))

@@ -147,7 +147,7 @@ class TestProjected:
         [(name, "ancestral") for name in PROJECTIONS] + [("inpainting", name) for name in SOLVERS],
     )
     def test_known_part_is_exact_at_the_end(self, known, rng, name, solver):
-        """And the rest is not what it would be without it, as pixels are correlated."""
+        """The rest differs from what it would be without it, as pixels are correlated."""
         project, sampler = PROJECTIONS[name], SOLVERS[solver](SHORT)
         root = rng.standard_normal((24, 24)) / 5
         denoiser = correlated(0.1, root @ root.T)
@@ -170,7 +170,7 @@ class TestProjected:
 
     @pytest.mark.parametrize("resamplings", [1, 3])
     def test_known_part_on_the_way_is_a_draw_of_its_noisy_self(self, rng, resamplings):
-        """On average α_s·known, and around it σ_s, also where noise was put back."""
+        """Its mean is α_s·known and its deviation σ_s, also where noise was put back."""
         count = 4000
         known = jnp.broadcast_to(jnp.asarray(rng.uniform(-1, 1, (1, 2, 4, 1))), (count, 2, 4, 1))
         sampler = projected(ddim(SHORT), SHORT, inpainting(KEPT), known)
@@ -216,7 +216,7 @@ def visited(num_steps, jump_length, resamplings):
 
 
 class Moments(NamedTuple):
-    """Of two pixels."""
+    """The moments of two pixels."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -274,7 +274,7 @@ class TestResampled:
         np.testing.assert_allclose(x.var(), var, rtol=5 * np.sqrt(2 / count))
 
     def test_approaches_the_conditional_distribution(self):
-        """Whose mean is ρ·y = 0.9 and variance 1 - ρ² = 0.19; projection alone is far from it."""
+        """Its mean is ρ·y = 0.9 and its variance 1 - ρ² = 0.19; projection alone is far from it."""
         count, errors = 1500, []
         for resamplings in (1, 3, 10):
             x = inpaint_pair(1, resamplings, count)
@@ -326,7 +326,7 @@ class TestResampled:
             np.testing.assert_allclose(std**2, 1 - np.prod(1 - betas), rtol=1e-12)
 
     def test_climbs_back_to_pure_noise(self):
-        """At the start of a flow nothing is left of x_0: x is drawn anew."""
+        """Nothing is left of x_0 at the start of a flow: x is drawn anew."""
         nodes = resampled(ddim(FLOW), FLOW, 7, 2).nodes
         climbs = nodes.std > 0
         np.testing.assert_array_equal(climbs, np.arange(15) == 6)

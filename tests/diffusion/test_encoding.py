@@ -71,7 +71,7 @@ def test_decodes_to_the_images_at_the_solvers_order(process, images, solver):
 
 
 def test_length_is_kept_along_the_sphere(rng):
-    """And the angle grows evenly with the weight."""
+    """The angle grows evenly with the weight."""
     pair = rng.standard_normal((2, 4, 4, 1))
     pair /= np.sqrt(np.sum(pair**2, axis=(1, 2, 3), keepdims=True))
     weights = np.array([0.0, 0.2, 0.5, 0.9, 1.0])
@@ -85,7 +85,7 @@ def test_length_is_kept_along_the_sphere(rng):
 
 
 def test_midway_between_orthogonal_noises_is_their_scaled_sum():
-    """Of whatever lengths: only the angle between them counts."""
+    """Their lengths do not matter: only the angle between them counts."""
     pair = jnp.array([[3.0, 0.0], [0.0, 1.0]])
     found = spherical(pair, jnp.array([0.5]))
     np.testing.assert_allclose(found, np.array([[3, 1]]) / np.sqrt(2), rtol=1e-14)

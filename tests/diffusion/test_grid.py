@@ -48,7 +48,7 @@ def without_signal(request):
 
 
 def useful_start(process):
-    """Where karras and log_snr begin: where x_T is N(0, I), no noisier than λ = -10.2."""
+    """The start of karras and log_snr: where x_T is N(0, I), no noisier than λ = -10.2."""
     high = process.time_range[1]
     if process.prior_std == 1 and process.log_snr(np.array([high]))[0] < -10.2:
         return process.time(np.array([-10.2]))[0]
@@ -59,7 +59,7 @@ class TestTimes:
     @pytest.mark.parametrize("num_steps", [1, 2, 9, 100])
     @pytest.mark.parametrize("name", GRIDS)
     def test_fall_from_the_noisiest_to_the_least_noisy(self, with_signal, name, num_steps):
-        """In continuous time the uniform grid ends a step before."""
+        """The uniform grid ends a step before in continuous time."""
         times = GRIDS[name](with_signal, num_steps)
         low, high = with_signal.time_range
         if name in ("karras", "log_snr"):
@@ -113,7 +113,7 @@ class TestTimes:
     @pytest.mark.parametrize("name", ["karras", "log_snr"])
     @pytest.mark.parametrize("process", ["chain", "vp_cosine", "edm"])
     def test_do_not_dwell_where_all_is_noise(self, process, name):
-        """Where x_T is N(0, I) at any of these times; in edm it is not."""
+        """It holds where x_T is N(0, I) at any of these times; in edm it is not."""
         process = WITH_SIGNAL[process]
         start = process.log_snr(GRIDS[name](process, 10))[0]
         assert start == pytest.approx(-10.2 if process.prior_std == 1 else -2 * np.log(80))

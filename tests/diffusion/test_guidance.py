@@ -173,7 +173,7 @@ def test_x0_and_eps_agree_with_xt(denoiser, batch, scale):
 
 
 def test_scale_0_and_1_are_the_models_themselves(denoiser, batch):
-    """To the last bit, in one pass of the batch as it is; the first is told no label at all."""
+    """They agree to the last bit, in one pass of the batch as it is; scale 0 gets no label."""
     xt, t, given = batch
     for scale, conditioning in ((0.0, {}), (-0.0, {}), (1.0, given)):
         guidance, plain = ClassifierFreeGuidance(denoiser, scale), Batch(xt, t, conditioning)
@@ -194,7 +194,7 @@ def test_other_scales_take_one_pass_of_twice_the_batch(denoiser, batch, t):
 
 
 def test_conditional_half_keeps_the_label_and_the_other_drops_it(denoiser, batch):
-    """Seen where the two halves differ most: far from 0 and 1 the order of them matters."""
+    """Scales far from 0 and 1 show it: the order of the halves matters most there."""
     conditional, unconditional = run(denoiser, batch), run(denoiser, batch._replace(given={}))
     for scale in (-1.0, 2.0):
         guided = run(ClassifierFreeGuidance(denoiser, scale), batch)
@@ -209,7 +209,7 @@ def test_learned_variance_is_the_conditional_models(denoiser, batch):
 
 
 def test_without_a_learned_variance_there_is_none(batch):
-    """And a denoiser that is told nothing is not changed."""
+    """A denoiser that is told nothing is not changed either."""
     plain = GaussianDenoiser(0.3, VAR, CHAIN)
     guided = run(ClassifierFreeGuidance(plain, 3.0), batch)
     assert guided.variance_fraction is None
@@ -226,7 +226,7 @@ def test_a_time_for_all_is_the_same_as_one_for_each(make, denoiser, batch, t):
 
 @every_kind
 def test_examples_do_not_touch_each_other(make, denoiser, batch):
-    """In parts of the batch each is what it was, and a change to one changes it alone."""
+    """Each is the same in parts of the batch, and a change to one changes only that one."""
     guidance = make(denoiser)
     plain = run(guidance, batch)
     for part in (slice(None, None, -1), slice(2), slice(5, None)):
@@ -257,7 +257,7 @@ def test_every_conditioning_is_dropped_together(batch):
 
 
 def test_the_estimate_of_a_self_conditioned_network_is_told_to_both(batch):
-    """It is no part of what is guided by: never dropped, and left at scale 0."""
+    """The estimate does not guide: it is never dropped, and is left at scale 0."""
     seen = {}
 
     def denoiser(xt, t, conditioning):
@@ -330,7 +330,7 @@ class TestNegative:
 
 
 class TestAutoGuidance:
-    """By a worse model."""
+    """Guidance by a worse model."""
 
     @pytest.fixture
     def worse(self):
@@ -363,11 +363,11 @@ class TestAutoGuidance:
 
 
 class TestRescaled:
-    """To the contrast of the conditional model."""
+    """Guidance rescaled to the contrast of the conditional model."""
 
     @pytest.fixture
     def images(self, batch, rng):
-        """Of 4×3 pixels and two channels."""
+        """Images of 4×3 pixels and two channels."""
         return batch._replace(xt=jnp.asarray(rng.standard_normal((6, 4, 3, 2))))
 
     @pytest.fixture
@@ -376,7 +376,7 @@ class TestRescaled:
 
     @staticmethod
     def std(prediction):
-        """Of each example."""
+        """The deviation of each example."""
         return np.std(np.asarray(prediction.x0).reshape(6, -1), axis=1)
 
     def test_phi_1_restores_the_conditional_models_standard_deviation(
@@ -414,7 +414,7 @@ class TestRescaled:
 
 
 class TestInterval:
-    """From after t = 20 up to t = 50."""
+    """The interval from after t = 20 up to t = 50."""
 
     @pytest.fixture
     def interval(self, denoiser):

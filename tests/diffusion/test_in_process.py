@@ -63,7 +63,7 @@ def test_is_a_denoiser():
 
 @every_pair
 def test_the_exact_denoiser_of_one_is_that_of_the_other(trained, process, rng):
-    """Also between the steps of a chain, where λ is interpolated: only α and σ matter."""
+    """It holds between the steps of a chain too, where λ is interpolated: only α and σ matter."""
     t = times(trained, process)
     xt = noisy(process, t, rng)
     other = InProcess(GaussianDenoiser(MEAN, VAR, trained), trained, process)
@@ -142,7 +142,7 @@ def test_one_time_for_all_is_the_same_as_one_for_each(model, rng):
 
 
 def test_examples_do_not_touch_each_other(model, rng):
-    """In reverse order each is what it was, and a change to one changes it alone."""
+    """Each is the same in reverse order, and a change to one changes only that one."""
     t = jnp.asarray(times(model.trained, model.process))
     xt = noisy(model.process, t, rng)
     plain, back = run(model, xt, t), run(model, xt[::-1], t[::-1])
@@ -184,7 +184,7 @@ PURE_NOISE = {
 @pytest.mark.parametrize("trained", PURE_NOISE.values(), ids=PURE_NOISE.keys())
 @pytest.mark.parametrize("process", PURE_NOISE.values(), ids=PURE_NOISE.keys())
 def test_pure_noise_is_pure_noise(trained, process, rng):
-    """Where α = 0 there is no ratio of α: ε is x_t, and x_0 may be anything of the data."""
+    """There is no ratio of α where α = 0: ε is x_t, and x_0 may be anything of the data."""
     model = InProcess(GaussianDenoiser(MEAN, VAR, trained), trained, process)
     eps = jnp.asarray(rng.standard_normal((4, 3)))
     prediction = run(model, eps, process.time_range[1])

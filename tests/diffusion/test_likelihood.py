@@ -118,7 +118,7 @@ class TestDiscreteDecoder:
             assert np.all(np.isfinite(array))
 
     def test_float32_gradients_agree_where_the_chain_decodes(self):
-        """At log β̃_1 = -9.8 and above, for means in the data's range."""
+        """The chain decodes at log β̃_1 = -9.8 and above, for means in the data's range."""
         mean, log_variance = np.abs(MEANS) <= 1, np.array(LOG_VARIANCES) >= -9.8
         for name in ("mean_gradient", "log_variance_gradient"):
             single, double = (
@@ -204,7 +204,7 @@ def bound(x0, keys, denoiser=DENOISER, fraction=SMALLEST):
 
 
 class TestVariationalBound:
-    """On data from N(0, s²) rounded to 256 levels, whose every probability is known."""
+    """The data is N(0, s²) rounded to 256 levels, whose every probability is known."""
 
     @pytest.fixture
     def x0(self, rng):
@@ -224,14 +224,14 @@ class TestVariationalBound:
 
     @pytest.mark.parametrize("fraction", [SMALLEST, LARGEST], ids=["smallest", "largest"])
     def test_bounds_the_entropy(self, x0, keys, fraction):
-        """Strictly: neither β̃ nor β is the variance of this data's reverse chain."""
+        """The bound is strict: neither β̃ nor β is the variance of this data's reverse chain."""
         mean, error = self.excess(bound(x0, keys, fraction=fraction), x0)
         assert mean > 4 * error
 
     def test_is_tight_with_the_optimal_variance(self, x0, keys):
-        """With variance β̃ + c_0²·Var(x_0 | x_t) the model is the exact reverse of Gaussian data.
+        """The model is the exact reverse of Gaussian data at variance β̃ + c_0²·Var(x_0 | x_t).
 
-        What is left is that x_0 is rounded: 4e-5 nats by quadrature.
+        Only the rounding of x_0 is left: 4e-5 nats by quadrature.
         """
         unknown = STD**2 * SHORT.one_minus_alpha_bar / (SHORT.alpha_bar * (STD**2 - 1) + 1)
         optimal = SHORT.posterior.variance + SHORT.posterior.coef_x0**2 * unknown
@@ -267,7 +267,7 @@ class TestVariationalBound:
         np.testing.assert_allclose(terms.x0_mse, np.tile(expected, 100), rtol=1e-5)
 
     def test_noise_depends_on_the_examples_own_key_alone(self, x0, keys):
-        """In reverse order and in other company, an example's terms are the same."""
+        """An example's terms are the same in reverse order and in other company."""
         other_x0 = np.where(np.arange(128)[:, None] < 64, 0, x0)
         both = zip(bound(x0, keys), bound(other_x0[::-1], keys[::-1]), strict=True)
         for terms, other in (map(np.asarray, pair) for pair in both):

@@ -98,7 +98,7 @@ every_process = pytest.mark.parametrize("process", CONTINUOUS.values(), ids=CONT
 class TestContinuousTime:
     @pytest.fixture
     def t(self, process):
-        """From the cleanest to almost the noisiest time: a flow ends without signal."""
+        """Times from the cleanest to almost the noisiest: a flow ends without signal."""
         low, high = process.time_range
         return jnp.linspace(low, high, 41)[:-1]
 
@@ -170,7 +170,7 @@ class TestContinuousTime:
     @pytest.mark.parametrize("weighting", [*OF_ANY_PROCESS, OWN_TARGET])
     @pytest.mark.parametrize("target", ["x0", "v", "velocity", "edm"])
     def test_float32_losses_are_finite_at_both_ends(self, process, target, weighting):
-        """Also where a flow ends without signal."""
+        """They are finite even where a flow ends without signal."""
         t = jnp.asarray(process.time_range, jnp.float32)
         wrong = jnp.ones((2, 1), jnp.float32)
         loss = weighted_error(Parameterisation(process, target), weighting, wrong, 0 * wrong, t)

@@ -70,7 +70,7 @@ def gaussian_flow(process, x, mean=MEAN, var=VAR):
 @pytest.mark.parametrize("name", PROCESSES)
 class TestGaussianData:
     def test_has_the_density_and_latents_of_its_affine_flow(self, name, rng):
-        """What the prior differs from x_T of the data is a part of that density."""
+        """That density includes the prior's difference from x_T of the data."""
         process, x = PROCESSES[name], MEAN + rng.standard_normal((5, 3))
         denoiser = GaussianDenoiser(MEAN, VAR, process)
         found = run(process, denoiser, jnp.asarray(x), keys(5), {})
@@ -121,7 +121,7 @@ class TestMixture:
         np.testing.assert_allclose(np.trapezoid(np.exp(found.log_p), x), 1, rtol=1e-6)
 
     def test_density_is_its_closed_form(self, x, found):
-        """Up to what is left of the data in x_T."""
+        """It holds up to what is left of the data in x_T."""
         _, s = ends(EDM)
         density = norm.pdf(components(x, s[0])) @ WEIGHTS / np.sqrt(0.01 + s[0] ** 2)
         spread = 1 + np.abs(found.latent[:, 0]) / s[1]
@@ -143,7 +143,7 @@ class TestMixture:
         np.testing.assert_allclose(found.latent[::60], encoded, rtol=1e-4)
 
     def test_density_is_the_same_in_any_process(self, rng):
-        """Of y = x/α, under all scalings and schedules with the same ends of λ."""
+        """It is that of y = x/α, under all scalings and schedules with the same ends of λ."""
         straight = continuous.Straight()
         times = tuple(straight.time(np.array([15.0, -15.0])).tolist())
         y = rng.uniform(-1, 1, (6, 1))
@@ -199,7 +199,7 @@ class TestCorrelatedData:
         np.testing.assert_allclose(off.mean(), 0, atol=5 * off.std() / np.sqrt(count))
 
     def test_the_batch_around_an_example_does_not_matter(self):
-        """At a loose tolerance, where steps shared with the others would show."""
+        """The tolerance is loose, so that steps shared with the others would show."""
         denoiser = CorrelatedDenoiser(COSINE)
         x = jnp.array([[0.3, -0.2], [500.0, 3.0], [0.0, 0.01]])
         whole = run(COSINE, denoiser, x, keys(3), {}, tolerance=1e-2)

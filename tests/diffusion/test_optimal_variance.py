@@ -43,7 +43,7 @@ def exact_error(process, times, var=VAR):
 
 
 class TestX0Error:
-    """Over 400 draws of 64 dimensions, to what their spread allows."""
+    """Means over 400 draws of 64 dimensions, to what their spread allows."""
 
     size = 400
 
@@ -63,7 +63,7 @@ class TestX0Error:
 
     @every_process
     def test_is_that_of_the_exact_prediction(self, process, x0, keys):
-        """What is left is normal, so the relative error of the mean of its n squares is √(2/n)."""
+        """The rest is normal, so the relative error of the mean of its n squares is √(2/n)."""
         low, high = process.time_range
         times = np.round(np.linspace(high, low, 5)) if high > 1 else np.linspace(high, low, 5)
         times = np.clip(times, low, high)
@@ -80,7 +80,7 @@ class TestX0Error:
         np.testing.assert_allclose(part, whole[:, order], rtol=1e-5)
 
     def test_noise_is_fresh_at_every_time(self, x0, keys):
-        """At low noise the error is that noise; with the same at all times it would be one."""
+        """The error at low noise is that noise; the same noise at all times would make it one."""
         error = self.measure(PROCESSES["linear"], x0, [3, 2, 1, 0], keys)
         correlation = np.corrcoef(error)[np.triu_indices(4, 1)]
         assert np.all(np.abs(correlation) < 5 / np.sqrt(self.size))
@@ -115,7 +115,7 @@ class TestOptimalVariance:
     @pytest.mark.parametrize("num_steps", [1, 2, 5, 50])
     @pytest.mark.parametrize("var", [VAR, 0.01, 1.0])
     def test_keeps_the_marginals_in_any_number_of_steps(self, process, num_steps, var):
-        """Those of the data at every time, and at last of what the last x_t tells of x_0."""
+        """They are the data's at every time, at last those of what the last x_t tells of x_0."""
         for grid in grids(process, num_steps):
             variance = optimal_variance(grid, exact_error(process, grid.now.time, var))
             mean, variances = moments_on_the_way(grid, variance, MEAN, var)
@@ -138,7 +138,7 @@ class TestOptimalVariance:
             assert actual[-1] == 0
 
     def test_reads_the_statistic_between_its_noise_levels(self):
-        """Of 200 of them, even in λ: the error of the interpolation is of second order."""
+        """There are 200 levels, even in λ: the error of the interpolation is of second order."""
         process = vp_cosine()
         times = process.time(np.linspace(15.0, ALL_NOISE, 200))
         for grid in grids(process, 20):
@@ -148,7 +148,7 @@ class TestOptimalVariance:
             np.testing.assert_allclose(near, exact, rtol=2e-3)
 
     def test_lies_between_that_of_known_data_and_that_of_the_range(self):
-        """What is unknown of data in [-1, 1] has a variance of 0 to 1, whatever is measured."""
+        """Data in [-1, 1] leaves unknown a variance of 0 to 1, whatever is measured."""
         process = PROCESSES["cosine"]
         for grid in grids(process, 10):
             log_snr, step = np.sort(grid.now.log_snr), grid.posterior

@@ -40,7 +40,7 @@ def times_of(process):
 
 
 class TestTargets:
-    """Of every process that has them."""
+    """The targets of every process that has them."""
 
     @pytest.fixture(
         params=[
@@ -205,7 +205,7 @@ class TestEdm:
 
     @every_process
     def test_input_has_unit_variance(self, process):
-        """It is linear: the signal and the noise of x_t apart."""
+        """The input is linear: signal and noise of x_t can be taken apart."""
         t = times_of(process)
         signal, noise = process.alpha(t)[:, None] * DATA_STD, process.sigma(t)[:, None]
         network_input = self.parameterisation(process).network_input

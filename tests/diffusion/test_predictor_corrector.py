@@ -103,7 +103,8 @@ def test_without_corrector_is_ancestral(rng):
 
 @pytest.mark.parametrize("snr", [0.4, 0.6])
 def test_corrector_settles_at_the_marginal(rng, snr):
-    """From anywhere: at the mean α·m, and in many dimensions at 1 + snr² times q(x_t)'s variance V.
+    """It settles, from anywhere, at the mean α·m and, in many dimensions, at 1 + snr² times V, the
+    variance of q(x_t).
 
     There ‖z‖² is d and ‖score‖² is d·W/V² at variance W of x, so that δ = 2·snr²·V²/W, and
     W = (1-δ/V)²·W + 2δ is W = (1 + snr²)·V.
@@ -119,7 +120,7 @@ def test_corrector_settles_at_the_marginal(rng, snr):
 
 
 def test_corrector_mends_the_predictors_variance(rng):
-    """In few steps β̃ shrinks the data by much."""
+    """The variance β̃ shrinks the data by much in few steps."""
     x, grid = rng.standard_normal((100, 64)), to_clean(CHAIN, uniform(CHAIN, 20))
 
     def shrinkage(corrector_steps):

@@ -29,7 +29,7 @@ class TestChains:
 
     @pytest.mark.parametrize("name", ["linear", "cosine"])
     def test_can_be_rescaled_to_end_without_signal(self, name):
-        """And to begin where they did (Lin et al. 2024)."""
+        """They still begin where they did (Lin et al. 2024)."""
         plain, rescaled = make_process(name), make_process(name, zero_terminal_snr=True)
         assert rescaled.alpha_bar[-1] == 0
         np.testing.assert_allclose(rescaled.alpha_bar[0], plain.alpha_bar[0], rtol=1e-9)
@@ -84,7 +84,7 @@ class TestContinuousTime:
 
     @pytest.mark.parametrize("name", CONTINUOUS)
     def test_ignores_the_numbers_of_others(self, name):
-        """Of a chain's length, and of what is named after other quantities."""
+        """A chain's length is ignored, and what is named after other quantities."""
         others = {"num_timesteps": 7}
         if name != "vp_linear":
             others |= {"beta_start": 0.5, "beta_end": 0.6}
@@ -131,7 +131,7 @@ def trained_process(name):
 class TestOverTheRangeOf:
     @every_pair
     def test_the_ends_have_the_same_log_snr(self, trained, name):
-        """Or where there is hardly any signal left end before it is gone."""
+        """Processes with hardly any signal left end before it is gone."""
         trained = trained_process(trained)
         process = over_the_range_of(trained, name)
         expected = np.maximum(log_snr_at_ends(trained), ALL_NOISE)
@@ -139,7 +139,7 @@ class TestOverTheRangeOf:
 
     @every_pair
     def test_every_time_between_is_one_of_the_trained_process(self, trained, name):
-        """As ``InProcess`` needs it."""
+        """``InProcess`` needs this."""
         trained = trained_process(trained)
         process = over_the_range_of(trained, name)
         times = np.linspace(*process.time_range, 50)
@@ -153,7 +153,7 @@ class TestOverTheRangeOf:
 
     @every_pair
     def test_is_the_named_process(self, trained, name):
-        """Of its schedule and scaling; noise levels are those of the range."""
+        """Its schedule and scaling are; noise levels are those of the range."""
         process, plain = over_the_range_of(trained_process(trained), name), make_process(name)
         assert process.scaling == plain.scaling
         assert type(process.schedule) is type(plain.schedule)

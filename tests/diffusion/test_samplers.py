@@ -169,7 +169,7 @@ def grid_of(process, ends="clean"):
 
 
 def evenly(process, start, end, num_steps):
-    """Through evenly spaced λ."""
+    """A grid of evenly spaced λ."""
     process = WITH_SIGNAL[process]
     return along(process, process.time(np.linspace(start, end, num_steps + 1)))
 
@@ -366,7 +366,7 @@ class TestSteps:
     @every(LINEAR)
     @every_process
     def test_many_lead_to_the_datas_moments(self, name, process):
-        """But for the variance that the last x_t does not tell of: the factor 1 + exp(-λ)/var."""
+        """Only the variance that the last x_t does not tell is lost: a factor 1 + exp(-λ)/var."""
         path = partial(heun_path, churn=CHURN["churn"]) if name == "churn" else PATHS[name]
         end = 6.5 if process == "chain" else 9.0
 
@@ -381,7 +381,7 @@ class TestSteps:
 
 
 class TestOrder:
-    """Against the exact flow between two noise levels, over evenly spaced λ."""
+    """Errors against the exact flow between two noise levels, over evenly spaced λ."""
 
     @pytest.fixture
     def ranks(self, rng):
@@ -408,7 +408,7 @@ class TestOrder:
     @every_process
     @every(ORDER)
     def test_holds_for_the_way_to_noise_and_back(self, name, process, ranks):
-        """Up to 3: the first step's, of a corrector of order 2, is felt where x_0 still moves."""
+        """Orders up to 3: the first step's corrector of order 2 is felt where x_0 still moves."""
 
         def error(num_steps):
             up = evenly(process, 2, -5, num_steps)
@@ -491,7 +491,7 @@ class TestEvaluations:
     @pytest.mark.parametrize("process", PROCESSES)
     @every(SAMPLERS)
     def test_never_see_clean_data(self, name, process):
-        """Nor another time than the grid's, but where noise was added."""
+        """Nodes see only the grid's times, except where noise was added."""
         grid = to_clean(PROCESSES[process], uniform(PROCESSES[process], 6))
         times = SAMPLERS[name](grid).nodes.time
         assert np.all(PROCESSES[process].sigma(times) > 0)
@@ -559,7 +559,7 @@ class TestExamples:
 
     @every(SAMPLERS)
     def test_draw_from_their_own_key(self, name, grid, x):
-        """Where anything is drawn."""
+        """It holds where anything is drawn."""
         keys = keys_of(x)
         changed = keys.at[2].set(jax.random.key(7))
         before, after = run(name, grid, x, keys), run(name, grid, x, changed)
@@ -570,7 +570,7 @@ class TestExamples:
 class TestDistribution:
     @every(["heun", "unipc_2", "ddim_1", "dpmpp_2m_sde"])
     def test_has_the_datas_share_of_each_component(self, name, rng):
-        """And of everything between, after Kolmogorov: less than 1 in 10,000 is this far off."""
+        """So is everything between, after Kolmogorov: less than 1 in 10,000 is this far off."""
         count, process = 10_000, WITH_SIGNAL["vp_cosine"]
         grid = to_clean(process, process.time(np.linspace(-9.0, 7.0, 65)))
         x = rng.standard_normal((count, 1))

@@ -117,7 +117,7 @@ class TestShifted:
 
     @every_schedule
     def test_chain_has_factor_times_the_noise_to_signal(self, name):
-        """At every t, but where nothing is left of the signal."""
+        """It holds at every t, except where nothing is left of the signal."""
         betas = make_betas(name, 1000)
         plain, moved = Chain(betas), Chain(shifted(betas, 4.0))
         left = slice(None, -1 if plain.alpha_bar[-1] == 0 else None)

@@ -51,7 +51,7 @@ def test_x0_is_in_range_and_eps_follows(make, xt, t):
 
 @every_kind
 def test_images_in_range_stay_as_they_are(make, xt, t):
-    """Also where one next to them in the batch is not in range."""
+    """They do even if an image next to them in the batch is not in range."""
     raw = MODEL(xt, t, {})
     gain = jnp.where(jnp.arange(6) == 2, 1.0, 0.99 / jnp.abs(raw.x0).max(axis=(1, 2, 3)))
     x0 = gain[:, None, None, None] * raw.x0
@@ -83,7 +83,7 @@ def test_examples_do_not_touch_each_other(make, xt, t):
 
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 0.9, 0.995, 1.0])
 def test_the_quantile_is_that_of_numpy(xt, t, quantile):
-    """Of each example by itself, over all pixels and channels."""
+    """Each example has its own, over all pixels and channels."""
     raw = np.asarray(MODEL(xt, t, {}).x0)
     result = ThresholdedDenoiser(MODEL, CHAIN, quantile)(xt, t, {}).x0
     for before, after in zip(raw, result, strict=True):

@@ -35,7 +35,7 @@ class LogitNormal:
         return 1 / (1 + np.exp(-self.normal.ppf(u)))
 
 
-# Of the papers, and with other numbers.
+# The papers' numbers, and others.
 DENSITIES = {
     "uniform": (UniformDensity(0.002, 80.0), uniform(0.002, 79.998)),
     "log-normal of EDM": (LogNormalDensity(-1.2, 1.2), lognorm(s=1.2, scale=np.exp(-1.2))),
@@ -97,7 +97,7 @@ class TestDraws:
     def test_each_example_depends_on_its_own_key_and_position(
         self, density, oracle, stratified, rng
     ):
-        """Not on its place in the local batch, or on what is drawn beside it."""
+        """Its place in the local batch does not matter, nor what is drawn beside it."""
         sampler, order = Continuous(density, stratified), rng.choice(BATCH, BATCH)
         (whole, _), (t, _) = draw(sampler), draw(sampler, order=order)
         np.testing.assert_array_equal(t, whole[order])
@@ -143,7 +143,7 @@ class TestStratified:
     ],
 )
 def test_levels_of_the_process_are_finite(process, density):
-    """At the outermost times too."""
+    """They are finite at the outermost times too."""
     u = jnp.array([1e-6, 0.5, 1 - 1e-6], jnp.float32)
     t = density.quantile(u)
     for level in (process.alpha(t), process.sigma(t), process.log_snr(t)):
@@ -151,7 +151,7 @@ def test_levels_of_the_process_are_finite(process, density):
 
 
 def test_uniform_times_stay_within_the_process():
-    """To float32's rounding of its ends."""
+    """They do to float32's rounding of its ends."""
     low, high = rectified_flow().time_range
     t, _ = draw(Continuous(UniformDensity(low, high), stratified=True))
     assert np.float32(low) <= t.min()

@@ -36,7 +36,7 @@ def histogram(t):
 
 @pytest.mark.parametrize("sampler", [Uniform(T), Stratified(T), ADAPTIVE], ids=repr)
 class TestEverySampler:
-    """Before any loss is known."""
+    """Draws before any loss is known."""
 
     def test_draws_whole_times_uniformly(self, sampler):
         t, weight = draw(sampler)
@@ -46,7 +46,7 @@ class TestEverySampler:
         np.testing.assert_allclose(weight, 1, rtol=1e-6)
 
     def test_each_example_depends_on_its_own_key_and_position(self, sampler, rng):
-        """Not on its place in the local batch, or on what is drawn beside it."""
+        """Its place in the local batch does not matter, nor what is drawn beside it."""
         order = rng.choice(1000, 1000)
         (whole, _), (t, _) = draw(sampler), draw(sampler, order=order)
         np.testing.assert_array_equal(t, whole[order])
@@ -126,7 +126,7 @@ class TestLossSecondMoment:
 
     @pytest.mark.parametrize("batch", [1, 7, 64])
     def test_keeps_the_last_losses_of_each_time(self, rng, batch):
-        """As one deque per t would, also where a batch holds more than ``length`` of one t."""
+        """One deque per t would do the same, even if a batch holds over ``length`` of one t."""
         sampler = LossSecondMoment(5, length=10)
         update = jax.jit(sampler.update)
         state, oracle = sampler.init(), [deque(maxlen=10) for _ in range(5)]

@@ -30,7 +30,7 @@ class TestWilsonInterval:
 
     @pytest.mark.parametrize("count", [10, 50, 200])
     def test_holds_the_truth_95_times_in_100(self, count):
-        """In the mean over the truth, by exact summation."""
+        """It does in the mean over the truth, by exact summation."""
         from scipy.stats import binom
 
         truth = np.linspace(0.001, 0.999, 999)

@@ -102,7 +102,7 @@ def values(bound):
 
 @pytest.fixture(scope="module")
 def whole(trained, source, tmp_path_factory):
-    """Of all held-out examples, in batches of four."""
+    """The result over all held-out examples, in batches of four."""
     return measure_bound(trained, source, "heldout", SIZE, 4, tmp_path_factory.mktemp("whole"))
 
 
@@ -171,7 +171,7 @@ class TestSplit:
 
     @pytest.mark.parametrize("count", [2, 9])
     def test_some_are_the_first_of_a_fixed_order(self, trained, source, matrix, tmp_path, count):
-        """With the terms that they have in the whole, whatever was measured before."""
+        """Their terms are those in the whole, whatever was measured before."""
         reads = Reads(source)
         measure_bound(trained, reads, "heldout", SIZE, 4, tmp_path / "whole")
         order = list(itertools.chain(*reads.reads))[:SIZE]
@@ -245,7 +245,7 @@ class TestCache:
 
 
 class TestKilled:
-    """In six batches, and repeated."""
+    """A measurement in six batches, killed and repeated."""
 
     def stored(self, cache):
         return len(list(cache.rglob("*.npz")))
@@ -266,7 +266,7 @@ class TestKilled:
 
     @pytest.mark.parametrize("polls", [0, 1, 5])
     def test_when_asked_to_stop(self, trained, source, whole, tmp_path, polls):
-        """What was under way is kept, so that each batch is computed once in all."""
+        """The batch under way is kept, so that each is computed once in all."""
         allowed = iter(range(polls))
 
         def poll():
@@ -378,7 +378,7 @@ class TestSemantics:
         np.testing.assert_allclose(values(bound), expected, rtol=2e-4, atol=1e-6)
 
     def test_rate_and_distortion_along_t(self, whole):
-        """At t: what was received before x_t and what it cost; all but the L_0 at t = 0."""
+        """The point at t: what was received before x_t, and its cost; all except L_0 at t = 0."""
         steps, prior = whole.steps, whole.prior.value
         expected = [prior + sum(steps[s] for s in range(t + 1, 8)) for t in range(8)]
         np.testing.assert_allclose(whole.cumulative_rate, expected, rtol=1e-12)
@@ -462,7 +462,7 @@ class TestGaussianData:
 
 
 class TestReduction:
-    """Against one over the whole matrix at once."""
+    """The reduction against one over the whole matrix at once."""
 
     def terms(self, rng, count=37, offset=0.0, num_timesteps=6):
         shape = count, num_timesteps

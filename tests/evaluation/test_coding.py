@@ -45,7 +45,7 @@ def decode(x0, times, denoiser=DENOISER, seed=0, chain=CHAIN):
 
 @pytest.mark.usefixtures("x64")
 class TestProgressiveDecoding:
-    """In float64, moments over a key for each of many examples."""
+    """Moments in float64, over a key for each of many examples."""
 
     TIMES = (99, 60, 59, 20, 3, 0)
     COUNT = 40_000
@@ -86,14 +86,14 @@ class TestProgressiveDecoding:
             assert len(np.unique(of_t)) == of_t.size
 
     def test_the_image_enters_by_alpha(self):
-        """With one key the difference of two images is the difference of their x_t."""
+        """The difference of two images is that of their x_t, under one key."""
         x0 = jnp.linspace(-1, 1, 24).reshape(3, 8)
         xt, blank = (decode(image, self.TIMES)[0] for image in (x0, 0 * x0))
         alpha = CHAIN.alpha(np.array(self.TIMES, float))[:, None, None]
         np.testing.assert_allclose(xt - blank, alpha * np.asarray(x0), atol=1e-12)
 
     def test_x0_is_predicted_from_exactly_these_states_and_times(self):
-        """By a denoiser for which both matter, and the conditioning with them."""
+        """The denoiser here depends on both, and on the conditioning."""
         x0 = jnp.linspace(-1, 1, 24).reshape(3, 8)
         given = {"label": jnp.array([2, 0, 1])}
 
@@ -128,7 +128,7 @@ class TestProgressiveDecoding:
 
     @pytest.mark.parametrize("times", [(42,), (99, 98), tuple(range(99, -1, -1))], ids=len)
     def test_at_any_number_of_times(self, times):
-        """At a single one, and at every step, where x_{t-1} is nearly x_t."""
+        """It holds at a single time, and at every step, where x_{t-1} is nearly x_t."""
         xt, decoded = decode(jnp.full((2000, 1), 0.7), times)
         assert xt.shape == decoded.shape == (len(times), 2000, 1)
         t = np.array(times, float)
@@ -215,7 +215,7 @@ class TestDecodingPicture:
         np.testing.assert_allclose(np.std(rows[:, 0, 0]), 1, atol=0.35)
 
     def test_decoded_are_predictions(self, rows):
-        """In the range of images, as the model clips."""
+        """They are in the range of images, as the model clips."""
         assert np.abs(rows[:, 1, :12]).max() <= 1
         assert np.abs(rows[:, 0, :12]).max() > 1
 
@@ -245,7 +245,7 @@ class TestInterpolationPicture:
         assert np.all(differs[1:, 1:])
 
     def test_the_coarsest_row_first(self, source, x0, monkeypatch):
-        """Seen with a decoder that returns the time that it starts from."""
+        """The decoder returns the time that it starts from, which shows it."""
         starts = []
 
         def interpolate(sampler, denoiser, process, pair, weights, key, conditioning):
@@ -304,7 +304,7 @@ class TestDrawCoding:
     def test_a_row_of_the_picture_is_a_row_of_the_grid(
         self, source, pairs, tmp_path, num_timesteps
     ):
-        """Also of a chain of fewer than twelve moments: the image itself ends each row."""
+        """It holds for a chain of fewer than twelve moments too: the image itself ends each row."""
         trained = make_trained(source, process__num_timesteps=num_timesteps)
         draw_coding(trained, source, "heldout", tmp_path / "run")
         picture = images.load_png(tmp_path / "run_decoding.png")

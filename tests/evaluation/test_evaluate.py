@@ -29,7 +29,7 @@ EXTRACTOR = {"name": "classifier", "sha256": "0f"}
 
 
 class Killed(BaseException):
-    """As little to be caught as SIGKILL."""
+    """Caught as little as SIGKILL."""
 
 
 def project(params, images):
@@ -82,7 +82,7 @@ def npz(trained, tmp_path):
 
 
 def unfailing(record):
-    """Without what may differ from time to time."""
+    """The record without what may differ from time to time."""
     return {name: part for name, part in record.items() if name != "provenance"}
 
 
@@ -221,7 +221,7 @@ class TestOut:
 
 
 class TestRefusals:
-    """Before anything is computed."""
+    """Refusals come before anything is computed."""
 
     @pytest.mark.parametrize(
         ("metrics", "changes", "named"),
@@ -263,7 +263,7 @@ class TestKilled:
 
     @pytest.fixture
     def replaced(self, monkeypatch):
-        """What was put in its place whole; a number of further files before death, if set."""
+        """The files put in place whole; a number of further files before death, if set."""
         replace, state = pathlib.Path.replace, {"left": None, "parts": []}
 
         def watched(path, target):

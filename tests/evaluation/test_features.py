@@ -24,7 +24,7 @@ PIXELS = np.random.default_rng(1).integers(0, 256, (103, 2, 3, 2), dtype=np.uint
 
 
 class Killed(BaseException):
-    """As little to be caught as SIGKILL."""
+    """Caught as little as SIGKILL."""
 
 
 def project(params, images):

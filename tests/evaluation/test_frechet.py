@@ -43,7 +43,7 @@ class TestMoments:
     @pytest.mark.parametrize("offset", [0.0, 1e4])
     @pytest.mark.parametrize("split", [[1], [1, 2, 3], [30, 59], [59], range(1, 60)])
     def test_stream_in_any_split(self, rng, offset, split):
-        """As exact far from 0 as around it: the sum of squares would lose eight digits there."""
+        """It is as exact far from 0 as near it: a sum of squares would lose eight digits."""
         x = features(rng, 60, 4, offset)
         sums = MomentSums(4)
         for part in np.split(x, list(split)):
@@ -154,7 +154,7 @@ class TestProperties:
         assert max(ab, bc, ac) <= (ab + bc + ac) / 2
 
     def test_bias_falls_as_one_over_n(self, rng):
-        """Between equal distributions it is far from 0, so N belongs beside the value."""
+        """It is far from 0 between equal distributions, so N belongs beside the value."""
 
         def mean_distance(count):
             draws = rng.standard_normal((50, 2, count, 10))

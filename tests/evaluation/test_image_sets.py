@@ -89,7 +89,7 @@ class TestSampleSet:
     @pytest.mark.parametrize(("number", "size"), [(8, 8), (11, 4), (11, 8), (3, 3), (20, 6)])
     @pytest.mark.parametrize("seed", [0, 7])
     def test_is_what_the_model_samples(self, model, tmp_path, number, size, seed):
-        """To the last bit, where the batches are of the same size."""
+        """They agree to the last bit, where the batches have the same size."""
         found = sample_set(model, seed, number, size, tmp_path)
         whole = model.generator(size).batch_size
         expected = model.sample(found.count, seed=seed, batch_size=whole)

@@ -44,7 +44,7 @@ def test_is_1_where_the_classifier_sees_nothing(level):
 
 @pytest.mark.parametrize("classes", [2, 10])
 def test_is_the_number_of_classes_that_are_certain_and_balanced(classes):
-    """Also where other probabilities are too small for a float."""
+    """It is so even where other probabilities are too small for a float."""
     logits = np.tile(2e3 * np.eye(classes), (30, 1))
     np.testing.assert_allclose(inception_score(logits, splits=10), (classes, 0), atol=1e-9)
 

@@ -42,7 +42,7 @@ def test_definitions(pair, k):
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_points_at_the_edge_and_copies_are_inside(rng, k, offset):
-    """On a grid ties are everywhere, and radii of 0; whole numbers make the definition exact."""
+    """A grid has ties everywhere, and radii of 0; whole numbers make the definition exact."""
     real, fake = rng.integers(-2, 3, (200, 3)), rng.integers(-1, 4, (150, 3))
     found = measure(real + float(offset), (fake + offset).astype(np.float32), k=k, block=7)
     np.testing.assert_allclose(found, by_definition(real, fake, k), rtol=1e-12)

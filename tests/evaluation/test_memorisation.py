@@ -41,7 +41,7 @@ class TestNearest:
 class TestCloserShare:
     @pytest.fixture
     def distances(self, rng):
-        """With ties within each set and between them."""
+        """Distances with ties within each set and between them."""
         return rng.integers(0, 20, 35).astype(float), rng.integers(3, 25, 28).astype(float)
 
     @staticmethod

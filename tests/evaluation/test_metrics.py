@@ -141,7 +141,7 @@ class TestCheckPossible:
 
     @pytest.mark.parametrize(("metric", "number"), [("kid", 2), ("is", 9), ("prdc", 5)])
     def test_too_few_samples_for_others(self, metric, number):
-        """As is known before they are sampled."""
+        """This is known before they are sampled."""
         assert str(number) in self.refuses([metric], num_images=number)
 
     @pytest.mark.parametrize("metric", ["kid", "prdc", "memorisation"])

@@ -70,7 +70,7 @@ def trained(source):
 
 @pytest.fixture(scope="module")
 def whole(trained, source, tmp_path_factory):
-    """Of all held-out examples, in batches of four."""
+    """The result over all held-out examples, in batches of four."""
     return measure_nll(trained, source, "heldout", SIZE, 4, tmp_path_factory.mktemp("whole"))
 
 
@@ -142,7 +142,7 @@ def test_goes_on_where_it_was_stopped(trained, source, whole, tmp_path):
 
 
 def test_gaussian_data_costs_its_cross_entropy(source, tmp_path):
-    """In float32, by the density at the least noisy time and the moments of the levels."""
+    """The density at the least noisy time and the moments of the levels give it, in float32."""
     trained = make_trained(source, gaussian, process__num_timesteps=100)
     nll = measure_nll(trained, source, "heldout", SIZE, 4, tmp_path)
     x0 = source.batch("heldout", np.arange(SIZE))["image"] / 8.0 - 1

@@ -95,7 +95,7 @@ ALL = ["fid", "kid", "is", "prdc", "memorisation", "agreement"]
 
 
 def results(*arguments):
-    """By name, each with its protocol."""
+    """The results by name, each with its protocol."""
     record, _ = measure_quality(*arguments)
     return record["measured"]
 
@@ -174,7 +174,7 @@ class TestSamplesOfAModel:
 
     @pytest.mark.parametrize("metric", ["is", "agreement"])
     def test_protocol_is_of_the_metric_alone(self, what, metric):
-        """What is measured beside it, and against what, is nothing to it."""
+        """It does not depend on what else is measured, nor against what."""
         alone = results(what(), [metric])
         beside = results(what(), ["fid", metric])
         for name, found in alone.items():

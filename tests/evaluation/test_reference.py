@@ -48,7 +48,7 @@ def test_says_what_it_is(reference):
 
 
 def test_comes_back_to_the_last_bit(path, reference):
-    """With the same record, so that results over either compare."""
+    """The record is the same, so that results over either compare."""
     found = load_moments(path, EXTRACTOR)
     assert found.record == json.loads(json.dumps(reference.record))
     assert found.real is None

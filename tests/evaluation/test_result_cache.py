@@ -15,7 +15,7 @@ IDENTITY = {"computes": "squares", "model": {"sha256": "0f", "steps": [1, 2]}, "
 
 
 class Killed(BaseException):
-    """As little to be caught as SIGKILL."""
+    """Caught as little as SIGKILL."""
 
 
 class Killer:
@@ -53,7 +53,7 @@ sys.addaudithook(Killer.hook)
 
 
 def arrays(part):
-    """What part number ``part`` is, in dtypes that must survive."""
+    """The arrays of part number ``part``, in dtypes that must survive."""
     rng = np.random.default_rng(part)
     return {
         "images": rng.integers(0, 256, (part + 1, 2, 3, 1), dtype=np.uint8),

@@ -47,7 +47,7 @@ def source():
 
 
 def make_trained(source, exact=False, **fields):
-    """With a network of a few parameters, or the exact denoiser of N(MEAN, VAR) in its place."""
+    """A model with a network of a few parameters, or the exact denoiser of N(MEAN, VAR)."""
     config = tiny.config(**({"model__class_conditional": True} | fields))
     network = tiny.network(1, 3)
     params = jax.tree.map(np.asarray, network.init(jax.random.key(0)))
@@ -109,9 +109,9 @@ class TestVisitedTimes:
 class TestEstimate:
     @every_process
     def test_is_that_of_the_training_split(self, source, fields):
-        """Of an exact denoiser, x_0 - x̂_0 = (σ²·(x_0 - MEAN) - ασ·VAR·ε)/(α²·VAR + σ²).
+        """An exact denoiser has x_0 - x̂_0 = (σ²·(x_0 - MEAN) - ασ·VAR·ε)/(α²·VAR + σ²).
 
-        With one draw for each of n pixels; the error of a sum of n squares is √(2/n) at most.
+        There is one draw for each of n pixels; the error of a sum of n squares is √(2/n) at most.
         """
         trained = make_trained(source, exact=True, **fields)
         statistic = estimate_x0_error(trained, source, SIZE, 64)
@@ -190,7 +190,7 @@ class TestStored:
 
     @pytest.mark.parametrize(("step", "item"), [(4, "params"), (2, "ema")])
     def test_of_other_parameters_is_missing(self, workdir, step, item):
-        """In one line that says how it is made."""
+        """The error is one line that says how it is made."""
         with pytest.raises(UserError, match=r"sampling\.variance=optimal: .* is missing") as caught:
             load_x0_error(workdir, step, item)
         assert "--mode=variance" in str(caught.value)

@@ -1,4 +1,4 @@
-"""What a model is sampled with beside itself: a classifier or a worse model that guides it."""
+"""The companions of a sampled model: a classifier or a worse model that guides it."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def classify(params, x, dropout_keys=None, time=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_networks():
-    """Of a few parameters, in place of the U-Net and of the classifier."""
+    """Networks of a few parameters, in place of the U-Net and of the classifier."""
 
     def make_network(module, x, *_):
         if not isinstance(module, ResNet):
@@ -86,12 +86,12 @@ def guided(model, guidance, guide, scale, **fields):
 class TestClassifier:
     @staticmethod
     def logit(classifier, images, label):
-        """Of the class, by the classifier's newest parameters."""
+        """The logit of the class, by the classifier's newest parameters."""
         weight = checkpoint.restore_item(classifier, 2, "ema")["network"]["weight"]
         return (images.reshape(len(images), -1) / 127.5 - 1) @ weight[:, label]
 
     def test_draws_what_it_takes_for_the_class(self, model, classifier):
-        """Of a model that has no classes, the more so at a larger scale."""
+        """The model has no classes; a larger scale shows the class more."""
         for label in (0, 7):
             plain = jax_ddpm.load(model).sample(32)
             once, more = (

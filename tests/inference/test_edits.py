@@ -104,7 +104,7 @@ class TestWhatIsMade:
         ("edit", "axes"), [("colourise", 4), ("superres", (2, 4))], ids=["colourise", "superres"]
     )
     def test_the_mean_that_was_known_is_kept(self, model, files, tmp_path, edit, axes):
-        """Where nothing is cut off at black or white, to the rounding of each pixel."""
+        """It holds where nothing is cut off at black or white, to the rounding of each pixel."""
         found = edited(model, tmp_path, request_for(files, edit, num_samples=20))
 
         def means(x):
@@ -157,7 +157,7 @@ class TestWhatIsMade:
     def test_interpolation_leads_from_one_image_of_a_pair_to_the_other(
         self, model, files, tmp_path
     ):
-        """As far as two steps of an untrained network leave them what they are."""
+        """It does as far as two steps of an untrained network leave the images alone."""
         request = request_for(files, "interpolate", num_samples=5, strength=0.2)
         found = edited(model, tmp_path, request)["images"].astype(float)
         assert found.shape == (2, 5, 4, 4, 3)
@@ -167,7 +167,7 @@ class TestWhatIsMade:
         assert np.all(distance[:, 1, 0] > distance[:, 1, -1])
 
     def test_encoding_leads_to_noise_and_back(self, make, files, tmp_path):
-        """Exactly where the predicted ε is the same everywhere: d(x/α) = ε̂ d(σ/α)."""
+        """It is exact where the predicted ε is the same everywhere: d(x/α) = ε̂ d(σ/α)."""
         constant = make(sampling__clip=False)
         constant.params["gain"] = np.float32(0)
         found = edited(constant, tmp_path, request_for(files, "encode"))
@@ -193,7 +193,7 @@ class TestWhatIsMade:
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_depends_on_seed_image_and_variant_alone(make, model, files, tmp_path, monkeypatch, edit):
-    """Not on batches, devices or how many variants there are; interpolation divides its row."""
+    """Batches, devices and the number of variants do not matter; interpolation divides its row."""
     number = 3 if edit == "interpolate" else 2
     expected = edited(model, tmp_path, request_for(files, edit))["images"]
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -220,7 +220,7 @@ def test_picture_has_a_row_for_each_image_or_pair(model, files, tmp_path, edit):
 
 
 class TestRefusals:
-    """In one line, before anything is drawn or written."""
+    """Refusals are one line, before anything is drawn or written."""
 
     @staticmethod
     def refuses(model, request, out):

@@ -33,12 +33,12 @@ RECORD = {"parameters": "ema", "seed": 0, "class": None}
 
 
 def drawn(i):
-    """What the artist draws as image i."""
+    """The artist's drawing of image i."""
     return np.random.default_rng(i).integers(0, 256, (3, 2, 1), dtype=np.uint8)
 
 
 class Killed(BaseException):
-    """As little to be caught as SIGKILL."""
+    """Caught as little as SIGKILL."""
 
 
 class Artist:
@@ -114,7 +114,7 @@ class TestFolder:
 
     @pytest.mark.parametrize("seed", range(8))
     def test_any_files_may_get_lost(self, tmp_path, seed):
-        """Those that are there are left alone; a batch is drawn if one of it is missing."""
+        """Files that exist are left alone; a batch is drawn if one of its images is missing."""
         out, rng, artist = tmp_path / "folder", random.Random(seed), Artist()
         into_folder(out, 14)
         lost = rng.sample(range(14), rng.randrange(1, 14))
@@ -143,7 +143,7 @@ class TestFolder:
 
     @pytest.mark.parametrize("batches", range(1, 3))
     def test_fewer_than_asked_for_before_are_refused(self, tmp_path, batches):
-        """Also while those are not all drawn."""
+        """They are refused even while those are not all drawn."""
         with contextlib.suppress(Killed):
             into_folder(tmp_path / "folder", 7, Artist(batches))
         with pytest.raises(UserError, match="folder is for 7 samples; ask for 7 or more"):
@@ -240,7 +240,7 @@ class TestRecord:
         assert everything(tmp_path) == before
 
     def test_is_dropped_with_what_it_describes(self, tmp_path, name):
-        """Whoever deletes the samples and not the record beside them may start anew."""
+        """A user who deletes the samples but not the record beside them may start anew."""
         WRITERS[name](tmp_path / "away" / name, 6)
         (tmp_path / "away" / f"{name}.json").rename(tmp_path / f"{name}.json")
         WRITERS[name](tmp_path / name, 5, seed=1)
@@ -513,7 +513,7 @@ class TestStopping:
 
 
 class TestRefusals:
-    """In one line, before anything is drawn or written."""
+    """Refusals are one line, before anything is drawn or written."""
 
     @staticmethod
     def refuses(model, out, **request):
@@ -596,12 +596,12 @@ class TestRefusals:
 
 
 def replace_network():
-    """In the child: a network of a few parameters, which compiles fast."""
+    """Puts a network of a few parameters in place in the child, which compiles fast."""
     factory.make_network = lambda module, x, *_: tiny.network(x.shape[-1], module.num_classes)
 
 
 def replace_network_and_linger():
-    """Also takes a hundredth of a second for each image, to be killed in."""
+    """Does the same, and takes a hundredth of a second for each image, to be killed in."""
     replace_network()
     save_png = images.save_png
     images.save_png = lambda path, image: (save_png(path, image), time.sleep(0.01))

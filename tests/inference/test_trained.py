@@ -218,7 +218,7 @@ class TestSample:
 
     @pytest.mark.parametrize("number", [3, 9])
     def test_is_so_for_a_batch_size_of_ones_own(self, run, tmp_path, number):
-        """Also a larger one than there are samples."""
+        """A batch size larger than the number of samples is one."""
         write_samples(run, tmp_path / "file.npz", number, label=7, batch_size=4)
         with np.load(tmp_path / "file.npz") as arrays:
             samples = run.sample(number, label=7, batch_size=4)

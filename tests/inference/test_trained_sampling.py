@@ -126,7 +126,7 @@ class TestSamples:
 
     @pytest.mark.parametrize("fields", [{}, {"num_steps": 5}, {"grid": "quadratic"}], ids=str)
     def test_visit_the_times_that_are_given(self, workdir, fields):
-        """Between whole steps too, and whatever the grid and the number of steps would be."""
+        """Times may lie between whole steps, whatever the grid and the number of steps would be."""
         run = jax_ddpm.load(workdir, times=(7.0, 2.5, 1.0), **fields)
         np.testing.assert_array_equal(run.model.sampler().nodes.time, [7.0, 2.5, 1.0])
 
@@ -191,7 +191,7 @@ class TestRecord:
             assert record not in records[:i], self.WAYS[i]
 
     def test_tells_every_field_that_decides_a_sample(self):
-        """What is not here is of the guide, which another record tells, or how many at a time."""
+        """Other fields are the guide's, which another record tells, or say how many at a time."""
         told = {name for fields in self.WAYS for name in fields} | {"guidance"}
         passed_over = {"num_samples", "batch_size", "guide", "guide_step"}
         assert told | passed_over == set(tiny.config().sampling)
@@ -202,12 +202,12 @@ class TestRecord:
 
     @pytest.mark.parametrize("fields", WAYS, ids=str)
     def test_comes_back_from_a_file(self, workdir, fields):
-        """Else no folder of such samples could be gone on with."""
+        """A folder of such samples could not be continued otherwise."""
         record = jax_ddpm.load(workdir, **fields).record
         assert json.loads(json.dumps(record)) == record
 
     def test_of_the_model_is_the_same_however_it_is_sampled(self, workdir):
-        """But for clipping, which is the denoiser's: by it likelihoods are kept and found again."""
+        """Only clipping counts, as part of the denoiser: kept likelihoods are found by it."""
         plain = jax_ddpm.load(workdir).model_record
         for fields in self.WAYS:
             record = jax_ddpm.load(workdir, **fields).model_record
@@ -220,7 +220,7 @@ class TestRecord:
     @pytest.mark.parametrize("fields", FIELDS[1:], ids=str)
     @pytest.mark.parametrize("name", ["folder", "file.npz"])
     def test_so_that_one_folder_holds_one_kind(self, workdir, tmp_path, fields, name):
-        """Refused, naming what differs, with the samples left as they were."""
+        """The refusal names what differs, and the samples stay as they were."""
         write_samples(jax_ddpm.load(workdir), tmp_path / name, 4)
         files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         other = jax_ddpm.load(workdir, **fields)
@@ -244,7 +244,7 @@ class TestRecord:
 
 
 class TestOptimalVariance:
-    """By the statistic that lies beside the parameters."""
+    """The statistic lies beside the parameters."""
 
     @staticmethod
     def store(workdir, mse):

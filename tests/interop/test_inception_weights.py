@@ -83,7 +83,7 @@ class TestParameters:
 
 
 def test_folding_keeps_the_function(rng):
-    """In double precision up to the float32 of the result, also where the variance is below ε."""
+    """It is kept in double precision up to the float32 result, even at variances below ε."""
     weight = rng.standard_normal((5, 3, 1, 1))
     scale, offset, mean = rng.standard_normal((3, 5))
     variance = np.array([1e-9, 1e-3, 0.1, 1.0, 50.0])
@@ -123,7 +123,7 @@ class TestPooling:
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (3, 29), (29, 29), (50, 31), (200, 60)])
 def test_resizing_interpolates_neighbours(rng, shape):
-    """Also where the image shrinks: nothing is averaged over more than two pixels of an axis."""
+    """It does where the image shrinks too: no average takes more than two pixels of an axis."""
     x = rng.uniform(0, 255, (2, *shape, 3)).astype(np.float32)
 
     def along(x, axis):

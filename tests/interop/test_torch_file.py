@@ -184,7 +184,7 @@ class Malicious:
 
 @both_formats
 def test_nothing_is_executed(refused, tmp_path, write, view):
-    """Where Python's own reader runs a command, ours names what it does not run."""
+    """Python's own reader runs a command; ours names what it does not run."""
     trace = tmp_path / "trace"
     pickle.loads(pickle.dumps(Malicious(trace), protocol=2))
     trace.unlink()

@@ -65,7 +65,7 @@ def test_has_no_parameters_for_an_embedding(tiny):
 
 
 class TestOfNoisyImages:
-    """Told the time of each."""
+    """The classifier is told the time of each image."""
 
     @pytest.fixture(scope="class")
     @staticmethod

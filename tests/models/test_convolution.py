@@ -95,7 +95,7 @@ class TestConvolution:
 
 
 def test_no_derivative_leaves_the_usual_order_of_axes():
-    """Which is what XLA's CPU backend is fast at inside loops too."""
+    """XLA's CPU backend is fast at this order inside loops too."""
 
     def loss(x, kernel):
         return jnp.sum(convolve(x, kernel, 2) ** 2)

@@ -34,7 +34,7 @@ class TestGroupNorm:
         np.testing.assert_allclose(y, group_norm(x, num_groups, scale, bias), atol=1e-5)
 
     def test_epsilon_is_inside_the_root(self, rng):
-        """Seen where the variance is as small as ε."""
+        """A variance as small as ε shows it."""
         x = 1e-3 * rng.standard_normal((1, 4, 4, 8)).astype(np.float32)
         y, _ = layers.GroupNorm(2).init_with_output(jax.random.key(0), jnp.asarray(x))
         np.testing.assert_allclose(y, group_norm(x, 2, 1, 0), atol=1e-5)
@@ -66,7 +66,7 @@ class TestGroupNorm:
 
 @pytest.mark.parametrize("sharpness", [1, 100], ids=["broad", "sharp"])
 def test_attention_is_its_definition(rng, sharpness):
-    """Also where exp(logits) is beyond float32."""
+    """It is even where exp(logits) is beyond float32."""
     batch, height, width, channels = shape = (2, 3, 5, 8)
     x = rng.standard_normal(shape).astype(np.float32)
     module = layers.AttentionBlock(num_groups=4, dtype=jnp.float32)
@@ -131,7 +131,7 @@ class TestSinusoidalEmbedding:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 4)])
 def test_upsampling_is_a_convolution_of_each_pixel_repeated(rng, height, width):
-    """With its gradients, though it is computed at the small size; also at the edges."""
+    """Gradients agree too, though it is computed at the small size, and so do the edges."""
     with jax.enable_x64(True):
         x = jnp.asarray(rng.standard_normal((2, height, width, 3)))
         params = {"kernel": rng.standard_normal((3, 3, 3, 5)), "bias": rng.standard_normal(5)}
@@ -171,7 +171,7 @@ def test_convolution_is_its_definition(rng, stride, pad):
 
 @pytest.mark.parametrize("params", [{"kernel": jnp.zeros((4, 1)), "bias": jnp.zeros(1)}, {}])
 def test_parameters_of_another_network_are_refused(params):
-    """Rather than broadcast where that happens to be possible."""
+    """They are not broadcast where that happens to be possible."""
     layer = layers.dense(5, jnp.float32, "dense")
     with pytest.raises(ValueError, match=r"kernel should have shape \(4, 5\)"):
         layer.apply({"params": params}, jnp.zeros((2, 4)))
@@ -202,7 +202,7 @@ class TestDropout:
 
     @pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
     def test_drops_the_share_asked_for(self, rate):
-        """To a few parts in 10⁵, though few bits decide: fewer than 16 would show at 0.999."""
+        """It does to a few parts in 10⁵, though few bits decide: under 16 would show at 0.999."""
         size = 2**20
         x = jnp.ones((1, size))
         dropped = np.mean(

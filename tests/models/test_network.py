@@ -90,7 +90,7 @@ def test_layers_of_one_shape_differ(params):
 
 @pytest.mark.parametrize("initialiser", [normal, fan_average_uniform()])
 def test_initialisers_also_serve_linen(initialiser):
-    """As any initialiser they are pure functions of a key, under jit too."""
+    """They are pure functions of a key like any initialiser, under jit too."""
     key, shape = jax.random.key(0), (3, 3, 4, 8)
     plain = initialiser(key, shape)
     compiled = jax.jit(lambda key: initialiser(key, shape))(key)

@@ -203,7 +203,7 @@ def test_bfloat16_is_close_to_float32(inputs):
 
 @pytest.mark.parametrize("policy", ["elementwise", "blocks"])
 def test_rematerialisation_changes_neither_parameters_nor_outputs(inputs, policy):
-    """Nor which units drop out, which follows from the layers' names."""
+    """The same units drop out, as follows from the layers' names."""
     (apply, params), (remat, remat_params) = (make(**ONE_LEVEL, remat=r) for r in ("", policy))
     jax.tree.map(np.testing.assert_array_equal, remat_params, params)
     params = trained(params)
@@ -213,7 +213,7 @@ def test_rematerialisation_changes_neither_parameters_nor_outputs(inputs, policy
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "products_again"), [("elementwise", False), ("blocks", True)])
 def test_rematerialisation_recomputes_the_same_gradients(inputs, policy, products_again):
-    """And of what is computed again, convolutions and matrix products only under "blocks"."""
+    """Convolutions and matrix products are computed again only under "blocks"."""
 
     def gradients(remat):
         apply, params = make(**ONE_LEVEL, remat=remat)

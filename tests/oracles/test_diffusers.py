@@ -136,7 +136,7 @@ class TestTables:
         [("use_karras_sigmas", karras), ("use_exponential_sigmas", log_snr_uniform)],
     )
     def test_of_noise_levels_and_their_times_agree(self, schedule, chain, theirs, grid):
-        """Between the steps of the chain both interpolate λ.
+        """Both interpolate λ between the steps of the chain.
 
         The cosine chain goes on to more noise than ours visits: they are told where to begin.
         """
@@ -180,7 +180,7 @@ class TestDDIM:
         [(0.0, False, "v"), (0.5, False, "x0"), (1.0, False, "eps"), (0.5, True, "v")],
     )
     def test_is_theirs(self, schedule, chain, eta, clip, target):
-        """With ε recomputed from the clipped x_0, as they do if asked to."""
+        """They recompute ε from the clipped x_0 if asked to, as here."""
         x, noise = standard_normal(), noise_of_rows(*range(STEPS))
         with double_precision():
             scheduler = scheduler_of(
@@ -232,7 +232,7 @@ class TestDDIM:
         assert difference(trajectory(sampler, model(chain, "v"), x).x, expected) < ROUND_OFF
 
     def test_towards_noise_is_their_inverse(self, schedule, chain):
-        """From t = 0, their first step from clean data apart; the network is told where x is."""
+        """It starts at t = 0, after their step from clean data; the network is told where x is."""
         x = standard_normal()
         with double_precision():
             scheduler = scheduler_of("DDIMInverseScheduler", schedule, clip_sample=False)
@@ -302,9 +302,9 @@ def grid_to(end, chain, scheduler):
     [(1, "zero"), (2, "zero"), (2, "sigma_min"), (3, "sigma_min"), (4, "sigma_min")],
 )
 def test_unipc_is_theirs(schedule, chain, order, end):
-    """In B₂(h). To σ = 0 they lower the order of the last steps one by one, ours that of the last.
+    """Both use B₂(h); to σ = 0 they lower the last steps' orders one by one, ours only the last.
 
-    So orders above 2 compare where neither does: on a grid that ends at σ > 0.
+    Orders above 2 therefore compare where neither does: on a grid that ends at σ > 0.
     """
     x = standard_normal()
     with double_precision():
@@ -377,7 +377,7 @@ class TestFlow:
         [(dpmpp_2m, "DPMSolverMultistepScheduler"), (unipc, "UniPCMultistepScheduler")],
     )
     def test_multistep_solvers_are_theirs(self, solver, theirs):
-        """They round the time down that the network is told: here it is told σ."""
+        """They round down the time that the network is told: here it is told σ."""
         x = standard_normal()
         options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
         with double_precision():
@@ -388,7 +388,7 @@ class TestFlow:
 
 
 def test_langevin_steps_are_theirs():
-    """Of one example: they take the mean of norms over the batch, ours each example's own.
+    """One example is compared: they take the mean of norms over the batch, ours each example's own.
 
     Their predictor adds the noise of the reverse SDE, ours that of the ancestral step.
     """
@@ -410,7 +410,7 @@ def test_langevin_steps_are_theirs():
 
 
 def test_rescaled_guidance_is_theirs(chain):
-    """Of a model of x_0: they rescale whatever the network predicts, ours x_0."""
+    """The model predicts x_0: they rescale whatever the network predicts, ours x_0."""
     theirs = pytest.importorskip("diffusers.guiders.guider_utils")
     x, label = standard_normal(), np.array([0.5, 1.0, 2.0])
 

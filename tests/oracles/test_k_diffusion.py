@@ -1,6 +1,6 @@
 """Every method that k-diffusion has too, step by step on the same network and the same noise.
 
-Its samplers know x as x_0 + σ·ε alone: ours run in EDM's process.
+Its samplers know x only as x_0 + σ·ε: ours run in EDM's process.
 """
 
 import importlib
@@ -148,7 +148,7 @@ CHURN = {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
     ],
 )
 def test_samplers_are_theirs(library, name, options, sampler, rows):
-    """On a model of v in the cosine process, which both put in EDM's.
+    """The model predicts v in the cosine process, which both put in EDM's.
 
     Churn is kept below the grid's start, above which ours does not raise the noise. 2M SDE is in
     its midpoint form.

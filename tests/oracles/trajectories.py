@@ -48,7 +48,7 @@ def keys():
 
 
 def noise_of_rows(*rows):
-    """What ``sample`` draws in these rows of a sampler's nodes."""
+    """The noise that ``sample`` draws in these rows of a sampler's nodes."""
     x = jnp.zeros(SHAPE)
     return [np.array(per_example_normal(fold_in(keys(), row), x)) for row in rows]
 
@@ -63,7 +63,7 @@ def trajectory(sampler, denoiser, x):
 def double_precision():
     """Both libraries ask for float32 by its name or as PyTorch's default: here that is float64.
 
-    So nothing but round-off separates their tables and states from ours. JAX must not be called.
+    Only round-off then separates their tables and states from ours. JAX must not be called.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

@@ -138,7 +138,7 @@ def one_line(match, error=UserError):
 class TestRoundTrip:
     @pytest.mark.parametrize("time_sampler", ["loss_second_moment", "uniform"])
     def test_what_is_saved_comes_back_bit_by_bit(self, make_state, config, tmp_path, time_sampler):
-        """With uniform times ``extra`` is empty."""
+        """Uniform times leave ``extra`` empty."""
         state = make_state(123_456, time_sampler=time_sampler)
         assert bool(jax.tree.leaves(state.extra)) == (time_sampler == "loss_second_moment")
         with Checkpoints(tmp_path, keep_last=1, keep_every=0) as checkpoints:
@@ -214,7 +214,7 @@ def shards(leaf):
 
 
 def test_keeps_the_last_ones_and_some_for_good(small, config, tmp_path):
-    """Also across runs, and never fewer while the next one is being written."""
+    """It does so across runs, and never keeps fewer while the next one is being written."""
 
     def session(steps, keep_last, keep_every):
         written = checkpoint.steps(tmp_path)
@@ -348,7 +348,7 @@ class TestDamage:
         assert contents(run) == before
 
     def test_saving_goes_on_from_the_one_before(self, run, make_state, config):
-        """Over the step of the damaged one too."""
+        """It also writes over the step of the damaged one."""
         self.damage(run, 2, missing)
         with Checkpoints(run, keep_last=2, keep_every=0) as checkpoints:
             with pytest.warns(UserWarning, match="checkpoint 2 is damaged"):
@@ -360,7 +360,7 @@ class TestDamage:
         assert restored.step == 2
 
     def test_averages_can_be_read_when_all_else_is_lost(self, run, make_state):
-        """To sample from a run it need not be possible to go on with it."""
+        """Sampling from a run does not need a run that can go on."""
         folder, rng = run / "checkpoints" / "2", np.random.default_rng(0)
         shutil.rmtree(folder / "params")
         (folder / "_CHECKPOINT_METADATA").unlink()
@@ -386,7 +386,7 @@ class TestDamage:
 
 
 class TestLeftovers:
-    """Of a process that was killed."""
+    """What a killed process leaves behind."""
 
     @pytest.fixture
     def killed(self, run):
@@ -489,7 +489,7 @@ class TestFailingSaves:
 
     @pytest.mark.parametrize("size", [0, 50_000])
     def test_files_that_cannot_grow(self, run, config, size):
-        """Neither the first small files nor, later in the background, the arrays."""
+        """The first small files cannot be written, nor, later in the background, the arrays."""
         rng = np.random.default_rng(0)
         state = TrainState(jnp.array(3), {"w": jnp.asarray(rng.random(100_000))}, {}, (), ())
         with (

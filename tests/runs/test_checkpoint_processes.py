@@ -20,7 +20,7 @@ PROGRESS = {"unlogged": {"loss": [1.5, 2.0]}, "position": 7}
 
 
 def large_state(step, num_devices, fsdp):
-    """On all devices of all processes, of which ``fsdp`` share the large array."""
+    """A state on all devices of all processes; ``fsdp`` of them share the large array."""
     rng = np.random.default_rng(step)
     trees = [{"large": rng.random((64, 64)), "small": rng.random(3)} for _ in range(3)]
     count = np.array(step, np.int32)

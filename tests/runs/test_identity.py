@@ -1,4 +1,4 @@
-"""What a run is: kept beside it, and compared field by field when it goes on."""
+"""A run's identity: kept beside it, and compared field by field when it goes on."""
 
 import itertools
 import json
@@ -24,8 +24,8 @@ def flat(sections):
 
 FIELDS = flat(default().to_dict())
 
-# What may change while a run goes on: how long, how often and on what it runs. Whoever adds a field
-# decides here whether it has meaning.
+# What may change while a run goes on: how long, how often and on what it runs. A new field is
+# entered here if it has no meaning.
 FREE = {
     "parallel",
     "fsdp",
@@ -119,7 +119,7 @@ class TestKeeping:
 
     @pytest.mark.parametrize("moment", ["while writing", "before the rename"])
     def test_a_kill_leaves_the_old_one(self, tmp_path, monkeypatch, moment):
-        """And does not stand in the way of the next."""
+        """It does not stand in the way of the next one either."""
 
         class Killed(BaseException):
             pass
@@ -227,7 +227,7 @@ class TestDifferences:
 class TestRequireSameRun:
     @pytest.fixture
     def workdir(self, tmp_path):
-        """Of a run with a checkpoint."""
+        """The workdir of a run with a checkpoint."""
         save_identity(tmp_path, tiny.config(), tiny.spec())
         (tmp_path / "checkpoints" / "5").mkdir(parents=True)
         return tmp_path

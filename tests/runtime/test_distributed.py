@@ -27,7 +27,7 @@ from jax_ddpm.runtime.stopping import EXIT_CODE, Stopped
 
 
 def succeeds(job):
-    """What each process of a job has printed."""
+    """The output of each process of a job."""
     results = job.results()
     assert [result.returncode for result in results] == [0] * len(results), results
     return [result.stdout for result in results]

@@ -124,7 +124,7 @@ def test_a_process_on_its_own_joins_nobody(monkeypatch, environ):
 
 
 def meet(environ, *address, patience=60):
-    """In a process of its own: who it is, of how many devices; or why not."""
+    """Joins in a new process, and says who it is, of how many devices; or why not."""
     os.environ.update(environ)
     jax.config.update("jax_platforms", "cpu")
     with ending():

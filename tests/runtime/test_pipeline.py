@@ -27,7 +27,7 @@ def square(item):
 
 
 def collect(run):
-    """What a run yields until it ends or raises, and what it raises."""
+    """The items that a run yields until it ends or raises, and its exception."""
     seen = []
     try:
         seen.extend(run)
@@ -51,7 +51,7 @@ def test_results_are_on_the_host_whatever_tree_they_are():
 
 
 def test_equal_items_and_items_that_are_false():
-    """Also None: an item is not a sign of the end."""
+    """None is an item too, not a sign of the end."""
     items = [0, None, 0, "", None]
     assert [item for item, _ in run_ahead(lambda item: item, items)] == items
 
@@ -72,7 +72,7 @@ def test_launches_one_ahead_and_no_further():
 
 
 def test_takes_items_only_as_it_goes():
-    """So that they may be endless."""
+    """The items may thus be endless."""
     taken = []
     run = run_ahead(square, (taken.append(i) or i for i in iter(int, 1)))
     next(run), next(run)
@@ -168,7 +168,7 @@ def test_closed_early_it_polls_and_launches_nothing_more():
 
 
 class Result:
-    """What takes memory until it is let go."""
+    """A result that takes memory until it is let go."""
 
 
 def test_holds_two_results_at_most():

@@ -16,7 +16,7 @@ both_signals = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: num
 
 @pytest.fixture(autouse=True)
 def earlier():
-    """What came by the handlers that were installed before, and still are afterwards."""
+    """The signals that came to handlers installed before, and still there afterwards."""
     received = []
 
     def handler(number, frame):
@@ -93,7 +93,7 @@ def test_says_what_it_does_on_stderr(capfd, number):
 
 
 def test_stderr_may_be_gone(monkeypatch):
-    """As when Ctrl-C also ends the ``tee`` that the output goes to."""
+    """Ctrl-C may also end the ``tee`` that the output goes to."""
 
     def write(*_):
         raise BrokenPipeError

@@ -23,7 +23,7 @@ def images():
 
 
 def moved(image, down, across):
-    """By loops over pixels; what comes into view is black."""
+    """The images moved by loops over pixels; uncovered pixels are black."""
     result = np.full_like(image, -1)
     for row in range(HEIGHT):
         for column in range(WIDTH):

@@ -72,7 +72,7 @@ def objective():
 
 @pytest.fixture
 def noisy():
-    """On the noise of eight steps, at times that the network sees in other units."""
+    """The objective on the noise of eight steps, at times that the network sees in other units."""
     parameterisation = Parameterisation(CHAIN, time_scale=0.07, data_std=0.5, normalise_input=True)
     return NoisyClassificationObjective(
         linear,
@@ -127,10 +127,10 @@ def test_only_training_is_random(objective, keys, batch):
 
 
 class TestNoisy:
-    """On x_t in place of x_0."""
+    """The objective on x_t in place of x_0."""
 
     def test_is_the_cross_entropy_of_noisy_images(self, noisy, keys, batch):
-        """With time, noise and the network's input by hand."""
+        """Time, noise and the network's input are made by hand."""
         measured = noisy.measuring()
         params = {"network": {"gain": jnp.array(3.0)}}
         loss, metrics, extra = jax.jit(measured)(params, measured.init(), batch, keys, keys.step)
@@ -216,7 +216,7 @@ def test_splitting_the_batch_changes_nothing(either, mesh_of, parallel):
 
 
 class TestRun:
-    """Through the loop of all training, on the digits."""
+    """Training through the common loop, on the digits."""
 
     @pytest.fixture(scope="class")
     @staticmethod
@@ -260,7 +260,7 @@ class TestRun:
 
     @pytest.mark.parametrize("call", [23, 42])
     def test_interrupted_is_the_same_to_the_last_bit(self, run, finished, tmp_path, call):
-        """Between steps, and while it is measured on held-out images for the last time."""
+        """Interruptions come between steps, and in the last measurement on held-out images."""
         calls = iter(range(1, call))
 
         def poll():

@@ -45,7 +45,7 @@ def scaled(batch, num_levels):
 
 
 def time_and_noise_keys(keys, i):
-    """Of example i in step 5, each from its own stream."""
+    """The keys of example i in step 5, each from its own stream."""
     return (
         jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(keys.seed, stream), 5), i)
         for stream in (Stream.TIME, Stream.NOISE)
@@ -107,7 +107,7 @@ FLOW = CONTINUOUS | {
 
 
 class TestContinuousTime:
-    """Against the papers' own losses, in NumPy."""
+    """Losses against the papers' own, in NumPy."""
 
     @staticmethod
     def losses(make_setting, keys, fields):
@@ -196,7 +196,7 @@ class TestContinuousTime:
 
 
 class TestSelfConditioning:
-    """Seen through a "network" that answers by what it is told, and is asked twice."""
+    """A "network" that answers by what it is told, and is asked twice, shows it."""
 
     size = 400
 
@@ -330,7 +330,7 @@ class TestHybrid:
 
 
 def test_mean_of_the_bound_over_t_is_the_variational_bound(make_setting):
-    """In bits/dim, L_T apart. A prediction x̂_0 that ignores x_t makes every term free of noise."""
+    """Both are in bits/dim, less L_T. An x̂_0 that ignores x_t makes every term free of noise."""
     setting = make_setting(
         model__class_conditional=False,
         data__flip=False,
@@ -367,7 +367,7 @@ def test_mean_of_the_bound_over_t_is_the_variational_bound(make_setting):
 
 
 class TestAugmentation:
-    """Seen through a "network" that returns what it is told to look at."""
+    """A "network" that returns what it is told to look at shows it."""
 
     size = 400
 
@@ -376,7 +376,7 @@ class TestAugmentation:
         return StepKeys(jax.random.key(3), jnp.array(5), jnp.arange(self.size), self.size)
 
     def seen(self, objective, batch, keys):
-        """What the network is fed, at t = 0 where hardly any noise is added."""
+        """The network's input, at t = 0 where hardly any noise is added."""
 
         @jax.jit
         def run(batch, keys):

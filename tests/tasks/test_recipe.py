@@ -1,4 +1,4 @@
-"""From a config to how times are drawn, and that each kind of process trains."""
+"""Times are drawn as a config says, and each kind of process trains."""
 
 import importlib.util
 import pathlib
@@ -107,7 +107,7 @@ CONTINUOUS = {
 
 @pytest.mark.parametrize("fields", CONTINUOUS.values(), ids=CONTINUOUS)
 def test_held_out_loss_depends_on_parameters_alone(make_setting, mesh_of, fields):
-    """Not on the call, the batch size or devices."""
+    """The call, the batch size and the devices do not matter."""
     setting = make_setting(**fields)
     data = tiny.batch(setting.spec, 40)
     source = ArraySource({"train": data, "heldout": data}, num_levels=17, identity="tiny")

@@ -37,7 +37,7 @@ from jax_ddpm.training.step import compile_step, fsdp_spec
 ROWS = 1  # of one device, in one micro-batch: activations are small beside the network
 # devices that share the state, micro-batches
 LAYOUTS = {"data": (1, 1), "fsdp": (8, 1), "both": (4, 2)}
-# By itself XLA's CPU backend computes all it can as early as it can, whatever memory that takes.
+# XLA's CPU backend computes all it can as early as it can by default, whatever memory it takes.
 SPARING = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -73,7 +73,7 @@ def batch(*shape):
 
 
 def compare(network, layout):
-    """What one device does in a train step over all of them: as predicted, and as compiled."""
+    """The work of one device in a train step over all of them: as predicted, and as compiled."""
     fsdp, accumulate = LAYOUTS[layout]
     mesh = make_mesh(fsdp)
     recipe, state = setting(network, accumulate=accumulate)
@@ -129,7 +129,7 @@ def test_collectives_carry_the_bytes_that_are_predicted(compared, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_state_takes_the_bytes_that_are_predicted(compared, layout):
-    """Beside it there are the images, the counters and the key."""
+    """The images, the counters and the key come on top."""
     found = compared[layout]
     assert 0 <= found["argument_bytes"] - found["state_bytes"] < 1000
     assert found["checkpoint_bytes"] == compared["data"]["state_bytes"]
@@ -229,7 +229,7 @@ def test_rematerialisation_computes_more_to_keep_less():
     kept = [work.activation_bytes for work in works]
     assert kept[0] > kept[1] > kept[2] > 0
     everything, elementwise, blocks = (work.flops for work in works)
-    # One of three products is computed again of the blocks, which are not quite all.
+    # One of three products is computed again in the blocks, which are not quite all.
     assert everything == elementwise < blocks < 4 / 3 * everything
 
 

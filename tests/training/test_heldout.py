@@ -56,7 +56,7 @@ def measure(make_setting, mesh_of, source):
 
 
 def test_value_depends_on_parameters_alone(measure):
-    """Not on the call, the batch size, devices, nor the randomness that belongs to training."""
+    """The call, the batch size, devices and the randomness of training do not matter."""
     first, second = measure(calls=2)
     assert first == second
     assert first.keys() == {"heldout_loss"} | {f"heldout_loss_quarter{i}" for i in (1, 2, 3, 4)}

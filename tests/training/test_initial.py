@@ -26,7 +26,7 @@ def make(make_setting, donor="", spec=None, workdir=NOWHERE):
 
 @pytest.fixture(scope="module")
 def averages(make_setting):
-    """By step."""
+    """The averages by step."""
     network = make_setting().model.network
     return {step: network.init(jax.random.key(step)) for step in (1, 2)}
 
@@ -44,7 +44,7 @@ def saved(make_setting, averages, tmp_path_factory):
 
 @pytest.fixture
 def run(saved, tmp_path):
-    """To be damaged."""
+    """A run to be damaged."""
     return shutil.copytree(saved, tmp_path / "run")
 
 

@@ -46,7 +46,7 @@ def test_twenty_steps_end_the_same(results, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_state_takes_its_share_of_memory(results, layout):
-    """What the compiled program is given: each large array over the devices that share it.
+    """The program's arguments: each large array is spread over the devices that share it.
 
     Beside the state there are the images of at most five steps, and the counters and keys.
     """

@@ -104,7 +104,7 @@ def test_average_and_parameters_are_both_kept(finished):
 
 
 def test_stopped_again_and_again_ends_the_same(run, finished, tmp_path):
-    """After a step, and in the midst of drawing samples and of measuring on held-out data."""
+    """Stops come after a step, and amid drawing samples and measuring on held-out data."""
     stops = []
     for call in range(1, 20):
         try:
@@ -119,7 +119,7 @@ def test_stopped_again_and_again_ends_the_same(run, finished, tmp_path):
 
 
 def test_more_steps_later_end_the_same(run, finished, tmp_path):
-    """But for the evaluations at what was the end."""
+    """Only the evaluations at the earlier end differ."""
     run(tmp_path, training__num_steps=5)
     run(tmp_path)
     (tmp_path / "samples" / "step_0000005.png").unlink()
@@ -127,7 +127,7 @@ def test_more_steps_later_end_the_same(run, finished, tmp_path):
 
 
 def test_batches_may_stream(run, finished, tmp_path):
-    """To the same bits as where the set lies on the devices."""
+    """The bits are the same as where the set lies on the devices."""
     run(tmp_path, data__resident_gigabytes=0.0)
     assert_same_run(tmp_path, finished)
 
@@ -147,7 +147,7 @@ def begun(run, tmp_path_factory):
     ids=["pmap", "fsdp", "dispatch"],
 )
 def test_goes_on_however_steps_are_compiled(run, begun, finished, tmp_path, fields):
-    """It is not part of what a run is; sums are rounded differently."""
+    """It is not part of a run's identity; sums are rounded differently."""
     workdir = tmp_path / "run"
     shutil.copytree(begun, workdir)
     run(workdir, **fields)
@@ -230,7 +230,7 @@ def test_fewer_steps_than_are_done_are_refused(run, finished):
 
 
 def test_starts_from_the_averages_of_another_run(run, finished, tmp_path):
-    """With a learning rate of almost nothing they stay what they were."""
+    """A learning rate of almost nothing leaves them as they were."""
     donor, workdir = tmp_path / "donor", tmp_path / "run"
     shutil.copytree(finished, donor)
     fields = {"init_from": str(donor), "training__learning_rate": 1e-30}
@@ -271,7 +271,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(run, finished, tmp_path, monk
 
 
 def test_stopping_without_saving_is_an_error(run, tmp_path, monkeypatch):
-    """Whoever asked for it must not believe that the state is safe."""
+    """The user who asked for it must not believe that the state is safe."""
 
     def fail(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -299,7 +299,7 @@ def test_dispatches_end_where_something_is_due(run, finished, tmp_path):
 
 
 def test_a_profile_is_written_on_request(finished, tmp_path, monkeypatch):
-    """Of steps whose phases have names; the run stays the same."""
+    """It covers steps whose phases have names; the run stays the same."""
     config = tiny.config(**FIELDS | {"training__num_steps": 10})
     monkeypatch.setattr(
         factory, "make_network", lambda module, x, *_: tiny.network(x.shape[-1], module.num_classes)

@@ -1,4 +1,4 @@
-"""From the device to the log: exact means, and files that can be read back."""
+"""Metrics from the device to the log: exact means, and files that can be read back."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def of_step(loss=(1.0, 1), gradient_norm=1.0, finite=1.0, **more):
 
 
 class Lines:
-    """What a meter writes, and the meter."""
+    """The lines that a meter writes, and the meter."""
 
     def __init__(self, every, lag=0, batch_size=8):
         self.lines = []
@@ -171,7 +171,7 @@ class TestMeter:
         assert log.lines[0][1]["images_per_second"] == 5 * 8 / 5
 
     def test_rate_is_that_of_the_steps_of_this_process(self, clock):
-        """Not of those of a line that were done before an interruption."""
+        """Steps of the line that were done before an interruption do not count."""
         log = Lines(every=5)
         log.meter.restore(3, {"loss": [3.0, 24.0]})
         clock.now += 4
@@ -199,7 +199,7 @@ class TestMeter:
         ids=["add", "state", "paused", "finish"],
     )
     def test_names_the_first_step_that_is_not_finite(self, bad, named, go_on):
-        """Before anything is saved or written of it."""
+        """It does so before anything of that step is saved or written."""
         log = Lines(every=1, lag=2)
         log.add([of_step(), of_step(**bad, finite=0.0), of_step(loss=(np.nan, 8), finite=0.0)])
         with pytest.raises(NonFinite, match=f"^step 1: {' and '.join(named)} not fin") as caught:
@@ -309,7 +309,7 @@ class TestMetricWriter:
         assert (point.summary.value[0].tag, point.step) == ("heldout_loss", 20)
 
     def test_a_full_disk_is_an_error_at_once(self, tmp_path):
-        """And leaving does not raise another; half a line is dropped on resuming."""
+        """Leaving does not raise another; half a line is dropped on resuming."""
         whole = self.write(tmp_path, lines=[(step, {"loss": 0.5}) for step in range(20)])
         writer = MetricWriter(tmp_path, 19, whole)
         size = whole + 10
@@ -360,7 +360,7 @@ class TestProgressOffATerminal:
         assert "1:00 elapsed, 1:00 left" in capsys.readouterr().err
 
     def test_a_line_may_come_before_any_step_of_this_run(self, capsys, clock):
-        """What a run that stopped right before its end had not yet written."""
+        """A run that stopped right before its end had not yet written it."""
         with Progress(num_steps=10, done=10) as progress:
             progress.show(10, {"loss": 0.5, "images_per_second": 0.0})
         assert "step 10/10  loss 0.5000" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What would stop a run is found before it is submitted."""
+"""Everything that would stop a run is found before it is submitted."""
 
 import contextlib
 import io
@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(config, workdir, *poll) -> Outcome:
-    """What each row says, and what ended the checks."""
+    """The text of each row, and the error that ended the checks."""
     check, error = Preflight(config, workdir), None
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
@@ -157,14 +157,14 @@ class TestGoodConfig:
 
 
 def test_counts_the_memory_of_past_losses(uncompiled, tmp_path):
-    """Of each of eight times ten losses, their count and a probability; and the last step."""
+    """Each of eight times has ten losses, their count and a probability; and the last step."""
     found = passes(config(loss__time_sampler="loss_second_moment"), tmp_path)["parameters"]
     assert found.endswith(f" {STATE_BYTES + 4 * (8 * (10 + 1 + 1) + 1)} bytes")
 
 
 @pytest.mark.parametrize(("parallel", "num_devices", "accumulate"), [("jit", 1, 2), ("pmap", 4, 1)])
 def test_estimates_the_memory_of_a_step(tmp_path, monkeypatch, parallel, num_devices, accumulate):
-    """At least the state, and this device's share of the images and their labels."""
+    """It takes at least the state, and this device's share of the images and their labels."""
     mesh = make_mesh(devices=jax.devices()[:num_devices])
     monkeypatch.setattr(preflight, "make_mesh", lambda *_: mesh)
     fields = {"training__batch_size": 32, "training__accumulate": accumulate}
@@ -181,7 +181,7 @@ class TestRunInTheWorkdir:
     @pytest.fixture(scope="class")
     @staticmethod
     def finished(tmp_path_factory):
-        """What a run of four steps leaves."""
+        """The folder that a run of four steps leaves."""
         workdir = tmp_path_factory.mktemp("finished")
         check = Preflight(config(), workdir)
         for prepare in (check.devices, check.data, check.parameters):
@@ -288,7 +288,7 @@ class TestFailures:
         passes(settings, tmp_path)
 
     def test_room_for_checkpoints_that_are_kept_for_good(self, tmp_path, monkeypatch):
-        """At steps 10, 20, 30 and 40."""
+        """These are at steps 10, 20, 30 and 40."""
         steps = {"num_steps": 40, "keep_last": 2, "keep_every": 10, "checkpoint_every": 5}
         settings = config(**{f"training__{name}": value for name, value in steps.items()})
         self.leave_room(monkeypatch, STATE_BYTES * (2 + 2))

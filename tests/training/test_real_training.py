@@ -22,7 +22,7 @@ DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Not here."""
+    """Switched off here."""
 
 
 def test_splitting_the_batch_changes_nothing(mesh_of):

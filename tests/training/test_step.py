@@ -125,7 +125,7 @@ START = {"network": {"w": np.array([3.0, -1.0, 0.5], "f")}}
 
 @both_ways
 def test_update_is_clipped_adam_with_warm_up_and_an_average(quadratic_recipe, points, parallel):
-    """Against the algorithms of Kingma & Ba 2015 and Ho et al. 2020, written out in float64."""
+    """The algorithms of Kingma & Ba 2015 and Ho et al. 2020 are written out in float64."""
     rate, beta1, beta2, epsilon, clip, decay = 0.1, 0.8, 0.95, 1e-3, 3.1, 0.2
     recipe = quadratic_recipe(
         training__learning_rate=rate,
@@ -162,7 +162,7 @@ def test_update_is_clipped_adam_with_warm_up_and_an_average(quadratic_recipe, po
 
 
 def test_average_warms_up_to_its_decay(quadratic_recipe):
-    """From a tenth, so that the random start is soon forgotten, up to the configured decay."""
+    """It goes from a tenth, so that the random start is soon forgotten, to the configured decay."""
     decay = quadratic_recipe(training__ema_decay=0.99).averages["network"].decay
     values = np.array([decay(step) for step in (0, 1, 90, 10_000)])
     np.testing.assert_allclose(values, [1 / 10, 2 / 11, 91 / 100, 0.99], rtol=1e-6)
@@ -223,7 +223,7 @@ def test_phases_train_their_names_in_turn_with_their_own_optimiser(points, paral
 
 
 class Failing(Quadratic):
-    """At step 1 fails in the way that is told; its memory counts the steps."""
+    """Fails at step 1 in the given way; its memory counts the steps."""
 
     def __init__(self, how):
         super().__init__()
@@ -246,7 +246,7 @@ class Failing(Quadratic):
 def test_an_update_that_is_not_finite_is_not_applied(
     quadratic_recipe, points, how, accumulate, parallel
 ):
-    """On any device: all of them keep what they had."""
+    """All devices keep what they had, whichever it happens on."""
     recipe = quadratic_recipe(Failing(how), training__accumulate=accumulate)
     state = start(recipe, make_mesh(), START, jnp.zeros(()))
     step = compile_step(recipe, state, make_mesh(), parallel)
@@ -303,7 +303,7 @@ def test_is_compiled_once(quadratic_recipe, points, parallel):
 
 @both_ways
 def test_the_state_stays_whole_on_every_device(quadratic_recipe, points, parallel):
-    """In the sharding that all else over the mesh is compiled for."""
+    """Its sharding is the one that all else over the mesh is compiled for."""
     recipe, mesh = quadratic_recipe(), make_mesh()
     before = start(recipe, mesh, START)
     shapes = jax.tree.map(jnp.shape, before)

@@ -83,8 +83,8 @@ class Trained:
     ) -> UInt8[np.ndarray, "n h w c"]:
         """Samples 0, …, num_samples-1 of the seed; sample i depends only on (seed, i, label).
 
-        Without a label the classes of a conditional model take turns. ``batch_size`` is by default
-        that of ``config.sampling``, or ``num_samples`` if less.
+        Without a label the classes of a conditional model take turns. A batch has ``batch_size``
+        images, by default that of ``config.sampling``, and at most ``num_samples``.
         """
         size = min(num_samples, batch_size or self.config.sampling.batch_size)
         return images.to_uint8(self.generator(size)(self.params, seed, num_samples, label))

@@ -18,6 +18,8 @@ from jax_ddpm.training.step import spread
 
 PROGRESS = {"unlogged": {"loss": [1.5, 2.0]}, "position": 7}
 
+pytestmark = pytest.mark.slow
+
 
 def large_state(step, num_devices, fsdp):
     """A state on all devices of all processes; ``fsdp`` of them share the large array."""

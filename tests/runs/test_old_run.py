@@ -56,6 +56,7 @@ def test_is_measured(old, tmp_path):
     assert found.standard_error == pytest.approx(stored["standard_error"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_goes_on(old, tmp_path):
     workdir = shutil.copytree(old / "run", tmp_path / "run")
     config, _ = load_identity(workdir)

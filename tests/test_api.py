@@ -119,12 +119,14 @@ class TestTrain:
     def test_a_signal_saves_everything_and_then_acts(self, monkeypatch, tmp_path, signal_):
         """Ctrl-C is a KeyboardInterrupt; what SIGTERM does is here made one."""
         monkeypatch.setattr(loop, "describe", lambda *_: os.kill(os.getpid(), signal_) or "")
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # SIGINT too: a shell's background job is started with it ignored.
+        before = {s: signal.signal(s, signal.default_int_handler) for s in (2, 15)}
         try:
             with pytest.raises(KeyboardInterrupt):
                 jax_ddpm.train(config(), tmp_path / "run")
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for each, handler in before.items():
+                signal.signal(each, handler)
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
 
     def test_a_poll_of_ones_own_stops_it(self, tmp_path):

@@ -33,6 +33,9 @@ ADDED = {
 }
 
 
+OWN = ("my_sampler", "my_network", "my_source", "my_task")
+
+
 def forget():
     """Forgets the imported modules, as a new process would."""
     for name in CODE:
@@ -66,11 +69,11 @@ def test_there_is_a_page_for_each_kind_of_part():
 
 
 def test_rows_bring_their_options_into_the_config(workdir):
-    config, known = default("my_sampler", "my_network", "my_source"), fields()
+    config, known = default(*OWN), fields(OWN)
     assert (config.model.width, config.data.count, config.sampling.memory) == (32, 200, None)
     assert known["model.width"].meaning == "Channels of every layer."
     for field, (_, name) in ADDED.items():
-        assert name in tables()[field]
+        assert name in tables(OWN)[field]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_a_run_alone_imports_them_again(workdir):
     before = jax_ddpm.load(workdir).sample(3)
     forget()
     again = jax_ddpm.load(workdir)
-    assert again.config.modules == ("my_sampler", "my_network", "my_source", "my_task")
+    assert again.config.modules == OWN
     np.testing.assert_array_equal(again.sample(3), before)
     other = jax_ddpm.load(workdir, memory=1.0)
     assert np.any(other.sample(3) != before)
@@ -116,3 +119,61 @@ def test_a_module_that_cannot_be_had_is_one_line(folder, name, code, told):
     assert message.startswith("config.modules: ")
     assert told in message
     assert "\n" not in message
+
+
+def test_a_config_that_names_no_module_knows_nothing_of_theirs(workdir):
+    """It must mean the same in a process that never saw them."""
+    assert "width" not in default().model
+    assert "convnet" not in tables()["model.name"]
+    with pytest.raises(UserError, match=r"config\.sampling\.sampler is 'adams_bashforth'; "):
+        validate(tiny.config(sampling__sampler="adams_bashforth"), num_devices=1)
+
+
+def test_fields_that_a_module_brings_too_late_are_one_line(workdir):
+    config = tiny.config(modules=OWN)
+    with pytest.raises(UserError, match=r"config\.\S+ is missing; make the config by default"):
+        validate(config, num_devices=1)
+
+
+def test_another_sampler_than_the_runs_has_options_of_its_own(workdir):
+    run = jax_ddpm.load(workdir, sampler="ddim")
+    assert "memory" not in run.record
+    with pytest.raises(UserError, match=r"memory is 1\.0; it must be left out"):
+        jax_ddpm.load(workdir, sampler="ddim", memory=1.0)
+
+
+def test_a_module_that_fails_takes_its_rows_back(folder):
+    head = "from jax_ddpm.models.table import NETWORKS\nNETWORKS['repaired'] = print\n"
+    (folder / "repaired.py").write_text(head + "1 / 0")
+    with pytest.raises(UserError, match="division by zero"):
+        default("repaired")
+    (folder / "repaired.py").write_text(head)
+    importlib.invalidate_caches()
+    default("repaired")
+    NETWORKS.pop("repaired")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "told"),
+    [
+        ("Annotated[float, Option('Of its own.')]", "config.sampling.num_steps is something else"),
+        ("Annotated[str, Option('Words.')]", "the option eta of twisted is float, not str"),
+    ],
+)
+def test_options_that_collide_are_one_line(folder, annotation, told):
+    """Also where annotations are kept as strings."""
+    name = "num_steps" if "float" in annotation else "eta"
+    code = f"""
+from __future__ import annotations
+from typing import Annotated
+from jax_ddpm.diffusion.samplers.table import SAMPLERS, Method
+from jax_ddpm.options import Option
+def twisted(grid, {name}: {annotation} = None): ...
+SAMPLERS["twisted"] = Method(twisted)
+"""
+    (folder / f"twisted_{name}.py").write_text(code)
+    try:
+        with pytest.raises(UserError, match=told):
+            default(f"twisted_{name}")
+    finally:
+        SAMPLERS.pop("twisted")

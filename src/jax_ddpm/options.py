@@ -14,9 +14,10 @@ import inspect
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
-from typing import Any, NamedTuple, Protocol, TypeVar, get_origin
+from typing import Any, NamedTuple, Protocol, TypeVar, get_origin, get_type_hints
 
 from jax_ddpm.errors import UserError
 
@@ -48,7 +49,10 @@ class Where(NamedTuple):
     must_be: str
 
     def holds(self, value: Any) -> bool:
-        return bool(self.test(value))
+        try:
+            return bool(self.test(value))
+        except TypeError:  # a value of another kind
+            return False
 
 
 class OneOf(NamedTuple):
@@ -67,6 +71,7 @@ class OneOf(NamedTuple):
 
 anything = Where(lambda value: True, "anything")
 positive = Where(lambda value: value > 0, "positive")
+finite = Where(math.isfinite, "finite")
 positive_and_finite = Where(lambda value: 0 < value < math.inf, "positive and finite")
 not_negative = Where(lambda value: value >= 0, "0 or more")
 not_negative_and_finite = Where(lambda value: 0 <= value < math.inf, "0 or more, and finite")
@@ -90,7 +95,7 @@ noise_levels = Where(
 
 
 def _numbers(values: Any) -> bool:
-    return all(isinstance(x, int | float) for x in values)
+    return all(is_a(x, float) for x in values)
 
 
 numbers = Where(_numbers, "numbers, or ()")
@@ -161,21 +166,31 @@ def of(choice: Any) -> dict[str, Option]:
 
 @functools.cache
 def _declared(make: Callable) -> dict[str, Option]:
-    options = {}
-    parameters = inspect.signature(make).parameters.values()
-    for parameter in parameters:
-        for note in getattr(parameter.annotation, "__metadata__", ()):
+    options, hints = {}, _hints(make)
+    for name, parameter in inspect.signature(make).parameters.items():
+        annotation = hints.get(name, parameter.annotation)
+        for note in getattr(annotation, "__metadata__", ()):
             if isinstance(note, Option):
-                base = parameter.annotation.__origin__
-                kind = base if isinstance(base, type) else get_origin(base)
                 given = parameter.default is not inspect.Parameter.empty
-                default = parameter.default if given else note.default
-                options[parameter.name] = note._replace(
-                    default=default,
-                    kind=kind if note.kind is object else note.kind,
+                options[name] = note._replace(
+                    default=parameter.default if given else note.default,
+                    kind=_kind(annotation.__origin__) if note.kind is object else note.kind,
                     required=not given,
                 )
     return options
+
+
+def _hints(make: Callable) -> dict[str, Any]:
+    """Annotations, also where ``from __future__ import annotations`` keeps them as strings."""
+    try:
+        return get_type_hints(getattr(make, "func", make), include_extras=True)
+    except (NameError, TypeError):  # something that only a type checker knows
+        return {}
+
+
+def _kind(annotation: Any) -> type:
+    kind = annotation if isinstance(annotation, type) else get_origin(annotation)
+    return kind if kind in _KINDS else object
 
 
 def check_options(made: Any) -> None:
@@ -202,12 +217,49 @@ def checked(make: Call) -> Call:
 
 
 class Table(dict[str, Any]):
-    """Choices of one kind by name; a user's own module may add some. No name is given twice."""
+    """Choices of one kind by name, to which a user's own modules add; no name is given twice."""
+
+    def __init__(self, *rows: Mapping[str, Any], **named: Any):
+        super().__init__(*rows, **named)
+        self._owner: dict[str, str] = {}
 
     def __setitem__(self, name: str, row: Any) -> None:
         if name in self:
             raise UserError(f"{name!r} is in the table already; give your own choice another name")
         super().__setitem__(name, row)
+        owner = _importing[-1] if _importing else sys._getframe(1).f_globals["__name__"]
+        self._owner[name] = owner
+        _added.append((self, name))
+
+    def of(self, modules: Iterable[str]) -> dict[str, Any]:
+        """The rows of the project and of these modules, not those that others have added."""
+        named = tuple(f"{module}." for module in modules)
+        return {
+            name: row
+            for name, row in self.items()
+            if name not in self._owner or f"{self._owner[name]}.".startswith(named)
+        }
+
+
+# The modules under import, the innermost last, and every row that was ever added.
+_importing: list[str] = []
+_added: list[tuple[Table, str]] = []
+
+
+@contextlib.contextmanager
+def adding(module: str) -> Iterator[None]:
+    """Rows that are added meanwhile belong to the module; if it fails, they are taken back."""
+    before = len(_added)
+    _importing.append(module)
+    try:
+        yield
+    except BaseException:
+        for table, name in _added[before:]:
+            table.pop(name, None)
+        del _added[before:]
+        raise
+    finally:
+        _importing.pop()
 
 
 def taken(choice: Any, options: Any) -> dict[str, Any]:

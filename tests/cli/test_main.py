@@ -371,7 +371,10 @@ WRONG = {
     "field_to_explain": (["--help", DIGITS, "--config.sede=3"], "unknown field 'sede'; did you me"),
     "config_is_a_folder": (["--config=configs"], "--config=configs: no such file"),
     "json_is_damaged": (["--config={files}/damaged.json"], "damaged.json: damaged"),
-    "json_of_another_version": (["--config={files}/other.json"], "other.json: damaged, or from an"),
+    "json_of_another_version": (
+        ["--config={files}/other.json"],
+        "other.json has no_such_field, which is unknown here: it is from an",
+    ),
     "json_is_no_config": (["--config={files}/list.json"], "list.json: damaged"),
     "config_returns_nothing": (
         ["--config={files}/nothing.py"],

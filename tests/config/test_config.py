@@ -199,6 +199,17 @@ BAD = [
     ("training.keep_every", -1),
     ("sampling.num_samples", 0),
     ("sampling.batch_size", 0),
+    # of another kind
+    ("training.num_steps", True),
+    ("model.channel_multipliers", (1.5,)),
+    ("model.channel_multipliers", (True, 2)),
+    ("model.attention_resolutions", (4.0,)),
+    ("training.learning_rate", float("inf")),
+    ("loss.time_mean", float("nan")),
+    ("training.batch_size", None),
+    ("training.learning_rate", None),
+    ("model.class_conditional", None),
+    ("data.path", None),
 ]
 
 

@@ -153,10 +153,11 @@ class TestMistakes:
     DAMAGE = (
         *itertools.product(
             ("config.json", "data.json"),
-            ("", "{", "[]", "null", "3", "\udcff{}", '{"unknown": 1}'),
+            ("", "{", "[]", "null", "3", "\udcff{}"),
         ),
         ("config.json", '{"seed": "zero"}'),
         ("config.json", '{"model": []}'),
+        ("data.json", '{"unknown": 1}'),
         ("data.json", "{}"),
         ("data.json", json.dumps(tiny.spec()._asdict() | {"image_shape": [4, 4]})),
         ("data.json", json.dumps(tiny.spec()._asdict() | {"image_shape": 4})),
@@ -169,6 +170,16 @@ class TestMistakes:
         with pytest.raises(UserError, match=f"--workdir={tmp_path}: .*{file}.*damaged") as caught:
             load_identity(tmp_path)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("stored", "field"),
+        [({"unknown": 1}, "unknown"), ({"model": {"base_chanels": 8}}, "model.base_chanels")],
+    )
+    def test_a_field_that_is_unknown_is_named(self, tmp_path, stored, field):
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        with pytest.raises(UserError, match=f"config.json has {field}, which is unknown here"):
+            load_identity(tmp_path)
 
     @pytest.mark.parametrize("file", ["config.json", "data.json"])
     def test_half_of_it_missing_is_one_line(self, tmp_path, file):

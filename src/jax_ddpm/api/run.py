@@ -415,6 +415,8 @@ def _source(config: Config | None, workdir: Path | None, data_path: Path | None)
     from jax_ddpm.runs.identity import load_identity
 
     spec = None
+    if workdir is not None and config is not None:
+        raise UserError("--config and --workdir: give one of them; a run has its own data")
     if workdir is not None:
         settings, spec = load_identity(pathlib.Path(workdir))
     elif config is not None:

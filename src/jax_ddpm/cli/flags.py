@@ -66,7 +66,11 @@ MODES = {
         ),
     ),
     "compare": Mode("two records side by side: a.json b.json", (), on_devices=False),
-    "choices": Mode("what fields and flags may be, by name", (), on_devices=False),
+    "choices": Mode(
+        "what fields and flags may be, by name; with --config also in its modules",
+        ("config",),
+        on_devices=False,
+    ),
     "help": Mode("prints this, or the fields of --config", ("config",), on_devices=False),
 }
 FLAGS = {

@@ -1,6 +1,7 @@
 """Help in words: the flags, the fields of a config, the choices."""
 
 import textwrap
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from jax_ddpm.cli.flags import FLAGS, MODES, OF_A_JOB, OF_A_RUN
@@ -44,14 +45,14 @@ def of_fields(named: "Named") -> str:
     from jax_ddpm.options import value_of
 
     lines = [f"The fields of {named.name}"]
-    for name, option in fields().items():
+    for name, option in fields(named.config.modules).items():
         value = value_of(named.config, name)
         usual = "" if value == option.default else f" (default {option.default!r})"
         lines += _columns(f"--config.{name}={value!r}{usual}", option.meaning)
     return "\n".join(lines)
 
 
-def of_choices() -> str:
+def of_choices(modules: Iterable[str] = ()) -> str:
     """All choices by name: rows of the config's tables with their options, and the rest."""
     from jax_ddpm import options
     from jax_ddpm.config.fields import tables
@@ -61,7 +62,7 @@ def of_choices() -> str:
     from jax_ddpm.inference.edits import EDITS
 
     lines = []
-    for field, table in tables().items():
+    for field, table in tables(modules).items():
         lines.append(f"--config.{field}")
         for name, row in table.items():
             lines.append(f"  {name}")

@@ -86,7 +86,7 @@ def compare(given: Given, poll: Poll) -> object:
 
 def choices(given: Given, poll: Poll) -> object:
     """Every name that can be chosen, and its options."""
-    return help.of_choices()
+    return help.of_choices(given["config"].config.modules if "config" in given else ())
 
 
 def show_help(given: Given, poll: Poll) -> object:
@@ -109,11 +109,12 @@ def _load(given: Given, example: str) -> "Run":
     ema, raw = given.pop("ema", None), given.pop("raw", None)
     if ema and raw:
         raise UserError("--ema and --raw: give one of them")
-    sampling = given.pop("sampling", {}) | {
-        name: given.pop(name)
-        for name in ("sampler", "num_steps", "guidance_scale")
-        if name in given
-    }
+    sampling = given.pop("sampling", {})
+    for name in ("sampler", "num_steps", "guidance_scale"):
+        if name in given and name in sampling:
+            raise UserError(f"--{name} and --sampling.{name}: give one of them")
+        if name in given:
+            sampling[name] = given.pop(name)
     return api.load(
         given.pop("workdir"), given.pop("step", None), bool(raw) or ema is False, **sampling
     )

@@ -1,6 +1,5 @@
 """From the words of the command line to a command; a mistake in them is one line."""
 
-import contextlib
 import functools
 import pathlib
 import re
@@ -109,10 +108,15 @@ def _sampling(words: Sequence[str]) -> ConfigDict:
     from jax_ddpm.config import default
     from jax_ddpm.config.reading import read_config
 
-    workdirs = [word.partition("=")[2] for word in words if re.match("--?workdir=", word)]
-    with contextlib.suppress(UserError, IndexError):  # whoever loads the run says what is wrong
-        return read_config(pathlib.Path(workdirs[-1]) / "config.json").config.sampling
-    return default().sampling
+    workdir = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in ("--workdir", "-workdir"):
+            workdir = value if equals else following
+    noted = pathlib.Path(workdir or "") / "config.json"
+    if not workdir or not noted.is_file():  # whoever loads the run says what is wrong
+        return default().sampling
+    return read_config(noted).config.sampling
 
 
 def _parse(

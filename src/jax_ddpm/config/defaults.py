@@ -4,12 +4,14 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jax_ddpm.config.fields import fields
 from jax_ddpm.errors import UserError
+from jax_ddpm.options import adding, did_you_mean
 
 
 def default(*modules: str) -> ConfigDict:
@@ -23,7 +25,7 @@ def default(*modules: str) -> ConfigDict:
     """
     import_modules(modules)
     config = ConfigDict()
-    for name, option in fields().items():
+    for name, option in fields(modules).items():
         *section, field = name.split(".")
         place = config
         for part in section:
@@ -33,6 +35,28 @@ def default(*modules: str) -> ConfigDict:
         place[field] = placeholder(option.kind) if option.default is None else option.default
     config.modules = tuple(modules)
     return config.lock()  # a mistyped field in a config file is an error, not a new field
+
+
+def restored(stored: dict[str, Any], where: str) -> ConfigDict:
+    """A config as JSON has kept it, with the defaults of newer fields.
+
+    Raises:
+      UserError: where it has a field that is unknown here, or one of its modules cannot be had.
+    """
+    config = default(*stored.get("modules", ()))
+    for section, value in stored.items():
+        names = [f"{section}.{name}" for name in value] if isinstance(value, dict) else [section]
+        for name in names:
+            parent, _, field = name.rpartition(".")
+            known = config.get(parent, {}) if parent else config
+            if field not in known:
+                near = did_you_mean(field, known)
+                raise UserError(
+                    f"{where} has {name}, which is unknown here: it is from another version, or "
+                    f"of a module that has changed{near}"
+                )
+    config.update(stored)
+    return config
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -45,7 +69,8 @@ def import_modules(names: Iterable[str]) -> None:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         try:
-            importlib.import_module(name)
+            with adding(name):
+                importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise UserError(f"config.modules: {name} needs {error.name}; install it") from error

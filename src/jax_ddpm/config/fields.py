@@ -1,6 +1,6 @@
 """Every field of a config: those read off the tables' rows, and all other settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jax_ddpm import options
@@ -12,92 +12,94 @@ from jax_ddpm.diffusion.processes import CONTINUOUS, PROCESSES
 from jax_ddpm.diffusion.samplers.grid import GRIDS
 from jax_ddpm.diffusion.samplers.table import SAMPLERS
 from jax_ddpm.diffusion.thresholding import ThresholdedDenoiser
+from jax_ddpm.errors import UserError
 from jax_ddpm.models.table import CLASSIFIERS, NETWORKS
 from jax_ddpm.options import (
     OneOf,
     Option,
-    Table,
     Where,
+    finite,
     fraction,
     noise_levels,
     not_negative,
+    not_negative_and_finite,
     numbers,
     positive,
+    positive_and_finite,
 )
 from jax_ddpm.tasks.table import TASKS
 
 GUIDANCE = ("classifier_free", "classifier", "autoguidance")
 
 
-def tables() -> dict[str, Mapping[str, Any]]:
-    """The choosing field → its choices; the options of a choice are ``options.of(row)``."""
+def tables(modules: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
+    """The field that chooses → its choices, those of the user's modules among them.
+
+    The options of a choice are ``options.of(row)``.
+    """
+    modules = tuple(modules)
     return {
-        "task": TASKS,
-        "data.source": SOURCES,
-        "model.name": Table(NETWORKS | CLASSIFIERS),
-        "process.name": PROCESSES,
-        "sampling.sampler": SAMPLERS,
-        "sampling.grid": GRIDS,
-        "sampling.process": CONTINUOUS,
+        "task": TASKS.of(modules),
+        "data.source": SOURCES.of(modules),
+        "model.name": NETWORKS.of(modules) | CLASSIFIERS.of(modules),
+        "process.name": PROCESSES.of(modules),
+        "sampling.sampler": SAMPLERS.of(modules),
+        "sampling.grid": GRIDS.of(modules),
+        "sampling.process": CONTINUOUS.of(modules),
     }
 
 
-def fields() -> dict[str, Option]:
+def fields(modules: Iterable[str] = ()) -> dict[str, Option]:
     """All fields by their names, ``section.field``.
 
-    An option that several rows of a table declare is one field, with the default of the first. A
-    sampler is chosen anew each time, so its options are None by default, which stands for the
-    sampler's own default; options of another sampler are refused.
+    An option that several rows of a table declare is one field, with the default of the first. How
+    to sample is asked anew each time, so a sampler's options are None there, which stands for the
+    sampler's own default, and those of another sampler are refused.
+
+    Raises:
+      UserError: where a row's option is named like another field, or of another kind than before.
     """
-    sections = {
-        "": _RUN,
-        "data": {"source": _source()} | _of(SOURCES) | _DATA,
-        "model": {"name": _network()} | _of(NETWORKS | CLASSIFIERS) | _MODEL,
-        "process": {"name": _process()} | _of(PROCESSES),
-        "parameterisation": options.of(Parameterisation) | _PARAMETERISATION,
-        "loss": _LOSS,
-        "training": _TRAINING,
-        "sampling": _sampling(),
+    known = tables(modules)
+    samplers = {
+        name: option._replace(default=() if option.kind is tuple else None)
+        for name, option in _of(known["sampling.sampler"]).items()
     }
-    return {
-        f"{section}.{name}".lstrip("."): option
-        for section, of_section in sections.items()
-        for name, option in of_section.items()
+    sections: dict[str, tuple[dict[str, Option], ...]] = {
+        "": (_RUN,),
+        "data": (_of(known["data.source"]), _DATA),
+        "model": (_of(known["model.name"]), _MODEL),
+        "process": (_of(known["process.name"]), _PROCESS),
+        "parameterisation": (options.of(Parameterisation), _PARAMETERISATION),
+        "loss": (_LOSS,),
+        "training": (_TRAINING,),
+        "sampling": (samplers, _SAMPLING),
     }
+    found = {}
+    for section, parts in sections.items():
+        for name, option in ((name, option) for part in parts for name, option in part.items()):
+            field = f"{section}.{name}".lstrip(".")
+            if field in found:
+                raise UserError(f"an option named {name}: config.{field} is something else")
+            if field in known:
+                usual = ("",) if option.default == "" else ()
+                option = option._replace(range=OneOf(known[field], also=usual))
+            found[field] = option._replace(free=option.free or section == "sampling")
+    return found
 
 
 def _of(table: Mapping[str, Any]) -> dict[str, Option]:
     found: dict[str, Option] = {}
-    for row in table.values():
-        found = options.of(row) | found
+    for row, choice in table.items():
+        for name, option in options.of(choice).items():
+            if name in found and found[name].kind is not option.kind:
+                kinds = f"{found[name].kind.__name__}, not {option.kind.__name__}"
+                raise UserError(f"the option {name} of {row} is {kinds}, elsewhere; rename it")
+            found.setdefault(name, option)
     return found
 
 
-def _source() -> Option:
-    return Option("Where images come from.", OneOf(SOURCES), "digits")
-
-
-def _network() -> Option:
-    meaning = "The network; '': the task's usual."
-    return Option(meaning, OneOf(NETWORKS | CLASSIFIERS, also=("",)), "")
-
-
-def _process() -> Option:
-    return Option(
-        "A chain's schedule, or a process of continuous time.", OneOf(PROCESSES), "linear"
-    )
-
-
-def _sampling() -> dict[str, Option]:
-    own_default = {
-        name: option._replace(default=() if option.kind is tuple else None)
-        for name, option in _of(SAMPLERS).items()
-    }
-    return {name: option._replace(free=True) for name, option in (_SAMPLING | own_default).items()}
-
-
 _RUN = {
-    "task": Option("What is trained.", OneOf(TASKS), "diffusion"),
+    "task": Option("What is trained.", default="diffusion"),
     "modules": Option(
         "Your own modules, imported for the rows that they add to the tables.", default=()
     ),
@@ -112,6 +114,7 @@ _RUN = {
     "init_from": Option("Workdir whose averaged parameters to start from.", default=""),
 }
 _DATA = {
+    "source": Option("Where images come from.", default="digits"),
     "flip": Option("Random horizontal flips.", default=False),
     "resident_gigabytes": Option(
         "A set up to this size lies on every device as uint8.", not_negative, 1.0, free=True
@@ -119,9 +122,13 @@ _DATA = {
     "shift": Option("Random shifts by up to so many pixels, for classifiers.", default=0),
 }
 _MODEL = {
+    "name": Option("The network; '': the task's usual.", default=""),
     "class_conditional": Option("The network is told the class.", default=False),
     "self_condition": Option("It is told its own earlier estimate of x_0.", default=False),
     "dtype": Option("Of computation.", OneOf(("float32", "bfloat16")), "float32"),
+}
+_PROCESS = {
+    "name": Option("A chain's schedule, or a process of continuous time.", default="linear"),
 }
 _PARAMETERISATION = {
     "variance": Option(
@@ -141,20 +148,20 @@ _LOSS = {
         OneOf(WEIGHTINGS | {OWN_TARGET: None}),
         "simple",
     ),
-    "bound_weight": Option("Of the bound in the hybrid loss.", not_negative, 1e-3),
+    "bound_weight": Option("Of the bound in the hybrid loss.", not_negative_and_finite, 1e-3),
     "time_sampler": Option(
         "uniform | stratified; loss_second_moment (chain), log_normal (edm), logit_normal (flow).",
         default="uniform",
     ),
-    "time_mean": Option("Of log t or of log(t/(1-t)).", default=-1.2),
-    "time_std": Option("Likewise.", positive, 1.2),
+    "time_mean": Option("Of log t or of log(t/(1-t)).", finite, -1.2),
+    "time_std": Option("Likewise.", positive_and_finite, 1.2),
 }
 _TRAINING = {
     "num_steps": Option("Steps in all.", positive, 800_000, free=True),
     "batch_size": Option("Images per step, over all devices.", positive, 128),
     "accumulate": Option("Micro-batches per step.", positive, 1, free=True),
     "steps_per_dispatch": Option("Steps in a row without the host.", positive, 1, free=True),
-    "learning_rate": Option("After the warm-up.", positive, 2e-4),
+    "learning_rate": Option("After the warm-up.", positive_and_finite, 2e-4),
     "warmup_steps": Option("Steps of linear warm-up.", not_negative, 5000),
     "decay": Option(
         "Of the learning rate: cosine, to 0 at num_steps.",
@@ -163,7 +170,7 @@ _TRAINING = {
     ),
     "adam_b1": Option("Decay of the first moment.", fraction, 0.9),
     "adam_b2": Option("Decay of the second moment.", fraction, 0.999),
-    "adam_eps": Option("Added to the root of the second moment.", positive, 1e-8),
+    "adam_eps": Option("Added to the root of the second moment.", positive_and_finite, 1e-8),
     "grad_clip": Option("Of the gradient's global norm.", positive, 1.0),
     "ema_decay": Option("Of the averaged parameters.", fraction, 0.9999),
     "label_drop": Option("Share of labels replaced by the null label.", fraction, 0.1),
@@ -185,14 +192,13 @@ _SAMPLING = {
     "batch_size": Option("Images at a time.", positive, 64),
     "clip": Option("The predicted x_0 to [-1, 1] in every step.", default=True),
     "dynamic_threshold": options.of(ThresholdedDenoiser)["quantile"]._replace(default=0.0),
-    "sampler": Option("The method.", OneOf(SAMPLERS), "ancestral"),
+    "sampler": Option("The method.", default="ancestral"),
     "num_steps": Option("Steps; 0: all of a chain.", default=0),
-    "grid": Option("How steps are spaced; '': the sampler's usual.", OneOf(GRIDS, also=("",)), ""),
+    "grid": Option("How steps are spaced; '': the sampler's usual.", default=""),
     "times": Option("Or these times, falling.", numbers, ()),
     "process": Option(
         "To sample under, of continuous time; '': the one of training.",
-        OneOf(CONTINUOUS, also=("",)),
-        "",
+        default="",
     ),
     "guidance": Option("By what.", OneOf(GUIDANCE), "classifier_free"),
     "guidance_scale": Option(

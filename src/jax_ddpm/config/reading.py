@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jax_ddpm.config.defaults import default
+from jax_ddpm.config.defaults import default, restored
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import did_you_mean
 
@@ -60,8 +60,7 @@ def read_config(given: ConfigDict | Named | str | os.PathLike[str]) -> Named:
 def _from_json(path: pathlib.Path) -> ConfigDict:
     try:
         stored = json.loads(path.read_text())
-        config = default(*stored.get("modules", ()))
-        config.update(stored)
+        config = restored(stored, f"--config={path}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--config={path}: damaged, or from another version") from error
     return config

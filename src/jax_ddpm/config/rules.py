@@ -15,7 +15,7 @@ from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
 from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS
 from jax_ddpm.options import OneOf, require
 from jax_ddpm.runtime.distributed import several
-from jax_ddpm.tasks.table import TASKS
+from jax_ddpm.tasks.table import task_of
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
@@ -49,7 +49,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 def check_task(config: ConfigDict) -> None:
     """Checks what only some tasks take."""
-    shifts = not TASKS[config.task].draws
+    shifts = not task_of(config).draws
     require(
         config,
         "data.shift",
@@ -203,7 +203,8 @@ def _check_single_steps(config: ConfigDict) -> None:
 def check_options(config: ConfigDict) -> None:
     """Refuses options of other samplers."""
     name = config.sampling.sampler
-    taken_by = {method: options.of(row) for method, row in SAMPLERS.items()}
+    rows = SAMPLERS.of(config.modules)
+    taken_by = {method: options.of(row) for method, row in rows.items()}
     for option in {option: None for row in taken_by.values() for option in row}:
         fits = [method for method, row in taken_by.items() if option in row]
         if name not in fits:

@@ -7,8 +7,9 @@ from jax_ddpm.config import rules
 from jax_ddpm.config.defaults import import_modules
 from jax_ddpm.config.fields import fields
 from jax_ddpm.data.table import SOURCES
-from jax_ddpm.options import Option, require, value_of
-from jax_ddpm.tasks.table import TASKS
+from jax_ddpm.errors import UserError
+from jax_ddpm.options import Option, is_a, kind_of, require, value_of, words_for
+from jax_ddpm.tasks.table import task_of
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -22,7 +23,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     _check_source(config)
     rules.check_devices(config, num_devices)
     rules.check_task(config)
-    factory.make_module(config, TASKS[config.task].networks, out_channels=1, num_classes=1)
+    factory.make_module(config, task_of(config).networks, out_channels=1, num_classes=1)
     rules.check_process(config)
     factory.make_parameterisation(config)
     rules.check_loss(config)
@@ -41,14 +42,23 @@ def validate_sampling(config: ConfigDict) -> None:
 
 
 def _check_ranges(config: ConfigDict, prefix: str) -> None:
-    for name, option in fields().items():
-        if name.startswith(prefix) and not _left_out(config, name, option):
-            require(config, name, option.range.holds, option.range.must_be)
+    for name, option in fields(config.modules).items():
+        if name.startswith(prefix):
+            _check_field(config, name, option)
 
 
-def _left_out(config: ConfigDict, name: str, option: Option) -> bool:
-    """Whether the field is None or (), where that stands for something else."""
-    return option.default in (None, ()) and value_of(config, name) in (None, ())
+def _check_field(config: ConfigDict, name: str, option: Option) -> None:
+    try:
+        value = value_of(config, name)
+    except KeyError:
+        modules = ", ".join(map(repr, config.modules))
+        must = f"make the config by default({modules})"
+        raise UserError(f"config.{name} is missing; {must}") from None
+    if option.default in (None, ()) and value in (None, ()):  # stands for something else
+        return
+    kind = kind_of(option)
+    require(config, name, lambda value: is_a(value, kind), words_for(kind))
+    require(config, name, option.range.holds, option.range.must_be)
 
 
 def _check_source(config: ConfigDict) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from jax_ddpm import factory, images
+from jax_ddpm import factory, images, options
 from jax_ddpm.config import default
 from jax_ddpm.config.validation import validate_sampling
 from jax_ddpm.data.source import Spec
 from jax_ddpm.diffusion.processes import CONTINUOUS
+from jax_ddpm.diffusion.samplers.table import SAMPLERS
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Companions
 from jax_ddpm.generate import Generator
@@ -22,7 +23,7 @@ from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import choose_step, digest
 from jax_ddpm.runs.identity import load_identity
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.tasks.table import TASKS
+from jax_ddpm.tasks.table import task_of
 
 
 class Trained:
@@ -102,10 +103,9 @@ def read(
         be sampled so.
     """
     config, spec = load_identity(workdir)
-    if not TASKS[config.task].draws:
+    if not task_of(config).draws:
         raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
-    for name, value in sampling.items():
-        _override(config.sampling, name, value)
+    _override(config, sampling)
     validate_sampling(config)
     item = "params" if raw else "ema"
     step = choose_step(workdir, step, item)
@@ -114,19 +114,26 @@ def read(
     return config, spec, step, item, params, companions
 
 
-def _override(section: ConfigDict, name: str, value: Any) -> None:
-    if name not in section:
-        raise UserError(f"--sampling: unknown field {name!r}{did_you_mean(name, section)}")
-    kind = section.get_type(name)
-    left_out = value is None and default().sampling[name] is None
-    if not (left_out or is_a(value, kind)):
-        raise UserError(f"--sampling.{name}={value}: it must be {words_for(kind)}")
-    section[name] = tuple(value) if kind is tuple else value
+def _override(config: ConfigDict, sampling: dict[str, Any]) -> None:
+    """Another sampler than the run's is meant with options of its own."""
+    section, usual = config.sampling, default(*config.modules).sampling
+    former = section.sampler
+    if sampling.get("sampler", former) != former:
+        for name in options.of(SAMPLERS[former]):
+            section[name] = usual[name]
+    for name, value in sampling.items():
+        if name not in section:
+            raise UserError(f"--sampling: unknown field {name!r}{did_you_mean(name, section)}")
+        kind = section.get_type(name)
+        left_out = value is None and usual[name] is None
+        if not (left_out or is_a(value, kind)):
+            raise UserError(f"--sampling.{name}={value}: it must be {words_for(kind)}")
+        section[name] = tuple(value) if kind is tuple else value
 
 
 def sampling_record(config: ConfigDict) -> dict[str, Any]:
     """How samples are drawn, as JSON: sampler, steps, scale, and fields not at their default."""
-    sampling, usual = config.sampling, default().sampling
+    sampling, usual = config.sampling, default(*config.modules).sampling
     own_steps = config.process.name not in CONTINUOUS and not sampling.process
     steps = sampling.num_steps or (config.process.num_timesteps if own_steps else 0)
     always = {"sampler": sampling.sampler, "guidance_scale": sampling.guidance_scale}

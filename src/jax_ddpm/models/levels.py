@@ -3,7 +3,16 @@
 from typing import Annotated
 
 from jax_ddpm.models.remat import REMAT_POLICIES
-from jax_ddpm.options import OneOf, Option, Unfit, Where, at_least, fraction, positive
+from jax_ddpm.options import (
+    OneOf,
+    Option,
+    Unfit,
+    Where,
+    at_least,
+    fraction,
+    is_a,
+    positive,
+)
 
 BaseChannels = Annotated[int, Option("Width of the first level.", at_least(4))]
 ChannelMultipliers = Annotated[
@@ -11,14 +20,18 @@ ChannelMultipliers = Annotated[
     Option(
         "Width of each level over base_channels; each below the first is half as high and wide.",
         Where(
-            lambda value: len(value) > 0 and all(multiplier > 0 for multiplier in value),
-            "positive numbers, one per level",
+            lambda value: len(value) > 0 and all(is_a(m, int) and m > 0 for m in value),
+            "positive whole numbers, one per level",
         ),
     ),
 ]
 NumResBlocks = Annotated[int, Option("Residual blocks per level.", positive)]
 AttentionResolutions = Annotated[
-    tuple[int, ...], Option("Heights of the feature maps that attention follows.")
+    tuple[int, ...],
+    Option(
+        "Heights of the feature maps that attention follows.",
+        Where(lambda value: all(is_a(height, int) for height in value), "whole numbers, or ()"),
+    ),
 ]
 NumGroups = Annotated[int, Option("Groups of GroupNorm.", positive)]
 Dropout = Annotated[float, Option("Rate inside residual blocks.", fraction)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jax_ddpm.config import default
+from jax_ddpm.config.defaults import restored
 from jax_ddpm.config.fields import fields
 from jax_ddpm.data.source import Spec
 from jax_ddpm.errors import UserError
@@ -58,8 +58,7 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
     """
     try:
         stored = json.loads((workdir / "config.json").read_text())
-        config = default(*stored.get("modules", ()))
-        config.update(stored)
+        config = restored(stored, f"--workdir={workdir}: config.json")
         spec = Spec(**json.loads((workdir / "data.json").read_text()))
         height, width, channels = spec.image_shape
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -82,7 +81,8 @@ def differences(
     the data have none. The number of steps has meaning only if the learning rate decays towards
     it.
     """
-    free = {name for name, option in fields().items() if option.free}
+    modules = {*old[0].modules, *new[0].modules}
+    free = {name for name, option in fields(modules).items() if option.free}
     if "cosine" in (old[0].training.decay, new[0].training.decay):
         free.remove("training.num_steps")
     before, after = (

@@ -5,12 +5,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
-from jax_ddpm.options import Table
+from jax_ddpm.options import OneOf, Table, require
 from jax_ddpm.tasks.classification import CLASSIFICATION, NOISY_CLASSIFICATION
 from jax_ddpm.tasks.diffusion import DIFFUSION
 from jax_ddpm.tasks.objective import Measurable, Task
 
-TASKS: dict[str, Task] = Table(
+TASKS = Table(
     {
         "diffusion": DIFFUSION,
         "classification": CLASSIFICATION,
@@ -19,11 +19,18 @@ TASKS: dict[str, Task] = Table(
 )
 
 
+def task_of(config: ConfigDict) -> Task:
+    """The row of ``config.task``; raises UserError where there is none."""
+    known = OneOf(TASKS.of(config.modules))
+    require(config, "task", known.holds, known.must_be)
+    return TASKS[config.task]
+
+
 def make_model(config: ConfigDict, spec: Spec) -> Any:
     """The model that ``config.task`` trains."""
-    return TASKS[config.task].model(config, spec)
+    return task_of(config).model(config, spec)
 
 
 def make_objective(config: ConfigDict, model: Any) -> Measurable:
     """The objective that training that model minimises."""
-    return TASKS[config.task].objective(config, model)
+    return task_of(config).objective(config, model)

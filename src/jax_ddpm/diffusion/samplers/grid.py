@@ -1,6 +1,5 @@
 """The path of a sampler: noise levels from its start to its end, in float64 on the host."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +165,5 @@ def _exactly_between(
     return times
 
 
-GRIDS: dict[str, Callable[[Process, int], np.ndarray]] = Table(
-    uniform=uniform, quadratic=quadratic, karras=karras, log_snr=log_snr_uniform
-)
+# (process, num_steps) → times, falling
+GRIDS = Table(uniform=uniform, quadratic=quadratic, karras=karras, log_snr=log_snr_uniform)

@@ -252,6 +252,7 @@ def load(workdir: Path, step: int | None = None, raw: bool = False, **sampling: 
     """Reads a run: its averaged (or ``raw``) parameters at ``step``, the newest by default.
 
     ``sampling`` overrides fields of that section of its config, such as ``guidance_scale=2.0``.
+    Another sampler than the run's starts from its own options, not from those of the run's sampler.
     """
     _start()
     path = pathlib.Path(workdir)

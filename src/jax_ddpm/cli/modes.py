@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from jax_ddpm.api.arguments import ARGUMENTS
 from jax_ddpm.cli import help
 from jax_ddpm.errors import UserError
 from jax_ddpm.runtime.stopping import Poll
@@ -37,7 +38,8 @@ def sample(given: Given, poll: Poll) -> object:
     out = run.write_samples(**given, poll=poll)
     if is_first():
         kind = "averaged" if run.item == "ema" else "raw"
-        print(f"images from the {kind} parameters of step {run.step:,}", file=sys.stderr)
+        number = given.get("num_samples", ARGUMENTS["num_samples"].default)
+        print(f"{number} images from the {kind} parameters of step {run.step:,}", file=sys.stderr)
     return out
 
 

@@ -94,7 +94,7 @@ def rectified_flow(shift: Shift = 1.0) -> ContinuousProcess:
 
 def _rising(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     if not sigma_min < sigma_max:
-        raise Unfit("sigma_max", sigma_max, "above process.sigma_min, and finite")
+        raise Unfit("sigma_max", sigma_max, "above sigma_min, and finite")
     return sigma_min, sigma_max
 
 

@@ -106,7 +106,7 @@ def uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
     low, high = process.time_range
     if isinstance(process, Chain):
         if num_steps > process.num_timesteps:
-            must_be = f"at most process.num_timesteps = {process.num_timesteps}, or 0 for all"
+            must_be = f"at most the {process.num_timesteps} of the chain"
             raise Unfit("num_steps", num_steps, must_be)
         return np.round(np.linspace(high, low, num_steps))
     return np.linspace(high, low, num_steps + 1)[:-1]

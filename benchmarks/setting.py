@@ -27,8 +27,7 @@ from jax_ddpm.data.source import ArraySource
 from jax_ddpm.factory import Model
 from jax_ddpm.runtime.backend import keep_memory, set_flags
 from jax_ddpm.runtime.devices import make_mesh, place, split
-from jax_ddpm.tasks.recipe import make_recipe
-from jax_ddpm.tasks.table import make_objective
+from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.state import TrainState, init_state
 from jax_ddpm.training.step import CompiledStep, compile_step, spread
@@ -144,11 +143,10 @@ class Training:
 
     def __init__(self, setting: Setting, params: Any = None):
         config, model = setting.config, setting.model
-        objective = make_objective(config, model)
-        recipe = make_recipe(config, objective)
+        recipe = make_recipe(config, model)
         if params is None:
             params = jax.tree.map(jnp.copy, setting.params)  # the step donates them
-        state = init_state(recipe, {"network": params}, objective.init())
+        state = init_state(recipe, dict.fromkeys(recipe.networks, params))
         self.state: TrainState = spread(state, setting.mesh)
         self.feed = Feed(config, setting.source, setting.mesh, start=0)
         self.step: CompiledStep = compile_step(
@@ -160,7 +158,7 @@ class Training:
     def arguments(self) -> tuple[Any, ...]:
         """The next arguments of ``step.program``; the state among them is donated."""
         batches = self.step.arrange(self.feed.take(self.steps))
-        return self.state, self.step.data, batches, self._seed
+        return self.state, self.step.held, batches, self._seed
 
     def advance(self) -> Any:
         """Dispatches one program of ``steps`` steps and returns its metrics."""

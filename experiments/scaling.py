@@ -26,8 +26,8 @@ from jax_ddpm.evaluation.record import save_record
 from jax_ddpm.factory import Model
 from jax_ddpm.models.remat import REMAT_POLICIES
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.tasks.recipe import Recipe, make_recipe
-from jax_ddpm.tasks.table import make_objective
+from jax_ddpm.tasks.recipe import Recipe
+from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,
     Machine,
@@ -119,10 +119,9 @@ def make_setting(
     config.model.update(fields)
     config.model.update(dtype=dtype, remat=remat)
     model = Model(config, Spec((size, size, 3), 256, 0, {"train": 50_000, "heldout": 1000}, name))
-    objective = make_objective(config, model)
-    recipe = make_recipe(config, objective)._replace(accumulate=accumulate)
-    params = {"network": model.network.init(jax.random.key(0))}
-    state = jax.eval_shape(partial(init_state, recipe), params, objective.init())
+    recipe = make_recipe(config, model)._replace(accumulate=accumulate)
+    params = {name: each.init(jax.random.key(0)) for name, each in recipe.networks.items()}
+    state = jax.eval_shape(partial(init_state, recipe), params)
     return Setting(recipe, state)
 
 
@@ -157,8 +156,8 @@ def compile_program(network: str, batch_size: int, devices: int, fsdp: int = 1, 
     state = jax.tree.map(laid_out, setting.state)
     batch = make_batch(network, 1, batch_size)
     seed = jax.eval_shape(lambda: jax.random.key(0))
-    program = compile_step(setting.recipe, state, mesh).program.lower(state, {}, batch, seed)
-    return program.compile(
+    step = compile_step(setting.recipe, state, mesh)
+    return step.program.lower(state, step.held, batch, seed).compile(
         COMPILER_OPTIONS
         | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     )

@@ -15,8 +15,7 @@ import tiny
 
 from jax_ddpm import factory
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.tasks.recipe import make_recipe
-from jax_ddpm.tasks.table import make_objective
+from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
 
@@ -41,17 +40,17 @@ def setting():
     )
     config.model.dtype = "float64" if jax.config.jax_enable_x64 else "float32"
     model = factory.Model(config, tiny.spec())
-    return config, model, make_objective(config, model)
+    return config, model
 
 
 def run(layout, folder):
     num_devices, fsdp, accumulate, stride = LAYOUTS[layout]
-    config, model, objective = setting()
+    config, model = setting()
     mesh = make_mesh(fsdp, jax.devices()[:num_devices])
-    recipe = make_recipe(config, objective)._replace(accumulate=accumulate)
+    recipe = make_recipe(config, model)._replace(accumulate=accumulate)
     params = {"network": model.network.init(jax.random.key(0))}
     params = jax.tree.map(lambda x: x.astype(jnp.result_type(float)), params)
-    state = spread(init_state(recipe, params, objective.init()), mesh)
+    state = spread(init_state(recipe, params), mesh)
     step = compile_step(recipe, state, mesh)
     batches = [tiny.batch(model.spec, 16, seed=i) for i in range(NUM_STEPS)]
     losses, key = [], jax.random.key(1)

@@ -11,7 +11,8 @@ from jax_ddpm.data.source import Spec
 from jax_ddpm.factory import Model
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.tasks.diffusion import DiffusionObjective
-from jax_ddpm.tasks.table import make_objective
+from jax_ddpm.tasks.recipe import Recipe
+from jax_ddpm.tasks.table import make_recipe
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 
@@ -21,6 +22,7 @@ class Setting(NamedTuple):
     spec: Spec
     model: Model
     objective: DiffusionObjective
+    recipe: Recipe
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +34,8 @@ def make_setting():
         fields = {"model__class_conditional": True, "data__flip": True} | fields
         config = tiny.config(**fields)
         model = tiny.model(config, spec)
-        return Setting(config, spec, model, make_objective(config, model))
+        recipe = make_recipe(config, model)
+        return Setting(config, spec, model, recipe.phases[0].objective, recipe)
 
     return make
 

@@ -30,11 +30,18 @@ class Stream(enum.IntEnum):
     SELF_CONDITION = 12
     OPTIMAL_VARIANCE = 13
     LIKELIHOOD = 14
+    PHASE = 15
+    NETWORK = 16
 
 
 def stream_key(seed: Any, stream: Stream) -> Any:
     """The key of one stream under a seed's key."""
     return jax.random.fold_in(seed, int(stream))
+
+
+def numbered_key(seed: Any, stream: Stream, number: int) -> Any:
+    """The seed key of the ``number``-th of several that draw alike; of the first, the seed's."""
+    return jax.random.fold_in(stream_key(seed, stream), number) if number else seed
 
 
 def example_keys(key: Any, index: Int[Array, " batch"]) -> Any:

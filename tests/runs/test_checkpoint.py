@@ -19,7 +19,6 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.manifest import Damaged, verify
-from jax_ddpm.tasks.recipe import make_recipe
 from jax_ddpm.training.state import TrainState, from_items, init_state, to_items
 from jax_ddpm.training.step import spread
 
@@ -51,9 +50,8 @@ def make_state(make_setting, mesh_of):
 
     def make(step=0, num_devices=1, time_sampler="loss_second_moment", **fields) -> TrainState:
         setting = make_setting(loss__time_sampler=time_sampler, **fields)
-        recipe = make_recipe(setting.config, setting.objective)
         params = {"network": setting.model.network.init(jax.random.key(0))}
-        state = init_state(recipe, params, setting.objective.init())
+        state = init_state(setting.recipe, params)
         state = random_bits(state, step)._replace(step=jnp.array(step, jnp.int32))
         return spread(state, mesh_of(num_devices))
 
@@ -571,10 +569,10 @@ class TestOtherStructure:
                 ),
                 "opt_state",
             ),
-            (lambda state: state._replace(extra={"count": state.step}), "extra"),
+            (lambda state: state._replace(extra=({"count": state.step},)), "extra"),
             (
                 lambda state: state._replace(
-                    extra=state.extra._replace(counts=state.extra.counts[1:])
+                    extra=(state.extra[0]._replace(counts=state.extra[0].counts[1:]),)
                 ),
                 "counts",
             ),

@@ -22,11 +22,11 @@ from jax_ddpm.tasks.classification import (
     ClassificationObjective,
     NoisyClassificationObjective,
 )
-from jax_ddpm.tasks.recipe import make_recipe
+from jax_ddpm.tasks.recipe import one_network
 from jax_ddpm.tasks.table import make_model
-from jax_ddpm.training.initial import initial_parameters
 from jax_ddpm.training.loop import train
 from jax_ddpm.training.preflight import Preflight
+from jax_ddpm.training.prepare import initial_parameters
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
 
@@ -203,9 +203,9 @@ class TestNoisy:
 def test_splitting_the_batch_changes_nothing(either, mesh_of, parallel):
     def run(num_devices, accumulate, parallel):
         mesh = mesh_of(num_devices)
-        recipe = make_recipe(tiny.config(), either)._replace(accumulate=accumulate)
+        recipe = one_network(tiny.config(), tiny.network(), either)._replace(accumulate=accumulate)
         params = {"network": {"gain": jnp.array(3.0)}}
-        state = spread(init_state(recipe, params, either.init()), mesh)
+        state = spread(init_state(recipe, params), mesh)
         step = compile_step(recipe, state, mesh, parallel)
         batches = jax.tree.map(lambda x: x[None], tiny.batch(tiny.spec()))
         _, metrics = step(state, batches, jax.random.key(1))
@@ -280,8 +280,9 @@ class TestRun:
     def test_another_run_starts_from_it(self, finished, tmp_path):
         config = tiny.config(**FIELDS | {"init_from": str(finished)})
         network = make_model(config, factory.make_source(config).spec).network
-        start = initial_parameters(config, network, jax.random.key(0), tmp_path)
-        expected = checkpoint.restore_item(finished, 40, "ema")["network"]
+        seed = jax.random.key(0)
+        start, _ = initial_parameters(config, {"network": network}, seed, tmp_path)
+        expected = checkpoint.restore_item(finished, 40, "ema")
         jax.tree.map(np.testing.assert_array_equal, start, expected)
 
     def test_is_checked_before_it_is_submitted(self, tmp_path, capsys):

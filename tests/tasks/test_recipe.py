@@ -18,8 +18,7 @@ from jax_ddpm.diffusion.time_densities import (
 )
 from jax_ddpm.diffusion.time_sampling import LossSecondMoment, Stratified, Uniform
 from jax_ddpm.factory import make_process, make_source, make_time_sampler
-from jax_ddpm.tasks.recipe import make_recipe
-from jax_ddpm.tasks.table import make_objective
+from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.heldout import HeldOut
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
@@ -72,10 +71,9 @@ def test_configs_of_the_digits_train(name, mesh_of):
     validate(config, 4)
     source = make_source(config)
     model = tiny.model(config, source.spec)
-    objective = make_objective(config, model)
-    recipe, mesh = make_recipe(config, objective), mesh_of(4)
+    recipe, mesh = make_recipe(config, model), mesh_of(4)
     params = {"network": model.network.init(jax.random.key(0))}
-    state = spread(init_state(recipe, params, objective.init()), mesh)
+    state = spread(init_state(recipe, params), mesh)
     step, before = compile_step(recipe, state, mesh), jax.device_get(params)
     for i in range(3):
         batch = source.batch("train", np.arange(i, i + config.training.batch_size))
@@ -112,14 +110,15 @@ def test_held_out_loss_depends_on_parameters_alone(make_setting, mesh_of, fields
     data = tiny.batch(setting.spec, 40)
     source = ArraySource({"train": data, "heldout": data}, num_levels=17, identity="tiny")
     params = {"network": setting.model.network.init(jax.random.key(0))}
+    state = init_state(setting.recipe, params)
 
     def measure(batch_size, num_devices):
         mesh, seed = mesh_of(num_devices), jax.random.key(1)
-        return HeldOut(setting.objective, source, seed, mesh, batch_size, max_examples=40)
+        return HeldOut(setting.recipe, source, seed, mesh, batch_size, max_examples=40)
 
     whole = measure(40, 1)
-    first = whole(params)
-    assert whole(params) == first
+    first = whole(state)
+    assert whole(state) == first
     assert len(first) == 5
-    split = measure(12, 4)(params)
+    split = measure(12, 4)(state)
     np.testing.assert_allclose([*split.values()], [*first.values()], rtol=1e-5)

@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ddpm import factory
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.tasks.recipe import make_recipe
-from jax_ddpm.tasks.table import make_objective
+from jax_ddpm.tasks.recipe import one_network
+from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.arithmetic import activation_bytes, array_bytes, flops
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,
@@ -57,15 +57,16 @@ def setting(network="dense", remat="", accumulate=1):
         model__base_channels=32, model__channel_multipliers=(1,), model__remat=remat
     )
     model = factory.Model(config, tiny.spec())
-    objective = make_objective(config, model)
+    (phase,) = make_recipe(config, model).phases
+    objective = phase.objective
     params = model.network.init(jax.random.key(0)) if network == "unet" else {}
     if network == "dense":
         blocks = [{"in": jnp.zeros((16, 512)), "out": jnp.zeros((512, 16))} for _ in range(4)]
         params = {"bias": jnp.zeros((1, 4, 4, 1)), "blocks": blocks}
         objective = dataclasses.replace(objective, apply=dense)
-    recipe = make_recipe(config, objective)._replace(accumulate=accumulate)
+    recipe = one_network(config, model.network, objective)._replace(accumulate=accumulate)
     state = partial(init_state, recipe)
-    return recipe, jax.eval_shape(state, {"network": params}, objective.init())
+    return recipe, jax.eval_shape(state, {"network": params})
 
 
 def batch(*shape):
@@ -86,7 +87,8 @@ def compare(network, layout):
     state = jax.tree.map(laid_out, state)
     examples = batch(1, ROWS * accumulate * mesh.size)
     seed = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = compile_step(recipe, state, mesh).program.lower(state, {}, examples, seed)
+    step = compile_step(recipe, state, mesh)
+    lowered = step.program.lower(state, step.held, examples, seed)
     program = lowered.compile(COMPILER_OPTIONS | SPARING)
     memory = program.memory_analysis()
     return {

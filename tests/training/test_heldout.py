@@ -8,6 +8,7 @@ import tiny
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.tasks.diffusion import DiffusionObjective
 from jax_ddpm.training.heldout import HeldOut
+from jax_ddpm.training.state import init_state
 
 COUNT = 10
 SEED = jax.random.key(1)
@@ -27,6 +28,16 @@ class LabelAsLoss(DiffusionObjective):
         return batch["label"].astype("float32"), {}, extra
 
 
+def with_labels_as_loss(recipe, kind=LabelAsLoss):
+    (phase,) = recipe.phases
+    return recipe._replace(phases=(phase._replace(objective=kind(**vars(phase.objective))),))
+
+
+def state_of(recipe):
+    params = {name: each.init(jax.random.key(0)) for name, each in recipe.networks.items()}
+    return init_state(recipe, params)
+
+
 @pytest.mark.parametrize("max_examples", [COUNT, 7, 100])
 @pytest.mark.parametrize(("batch_size", "num_devices"), [(1, 1), (3, 1), (64, 1), (4, 4)])
 def test_every_example_counts_once(
@@ -35,10 +46,10 @@ def test_every_example_counts_once(
     """Powers of two as losses: their sum tells which were counted, and how often."""
     powers = source.batch("heldout", np.arange(COUNT)) | {"label": 2 ** np.arange(COUNT)}
     powers = ArraySource({"train": powers, "heldout": powers}, num_levels=17, identity="powers")
-    objective = LabelAsLoss(**vars(make_setting().objective))
-    heldout = HeldOut(objective, powers, SEED, mesh_of(num_devices), batch_size, max_examples)
+    recipe = with_labels_as_loss(make_setting().recipe)
+    heldout = HeldOut(recipe, powers, SEED, mesh_of(num_devices), batch_size, max_examples)
     count = min(COUNT, max_examples)
-    total = round(heldout({})["heldout_loss"] * count)
+    total = round(heldout(state_of(recipe))["heldout_loss"] * count)
     assert total.bit_count() == count
     if count < COUNT:
         assert total != 2**count - 1, "not the first ones: files are often sorted by class"
@@ -48,9 +59,8 @@ def test_every_example_counts_once(
 def measure(make_setting, mesh_of, source):
     def measure(batch_size=16, num_devices=1, max_examples=COUNT, calls=1, **fields):
         setting, mesh = make_setting(**fields), mesh_of(num_devices)
-        params = {"network": setting.model.network.init(jax.random.key(0))}
-        heldout = HeldOut(setting.objective, source, SEED, mesh, batch_size, max_examples)
-        return [heldout(params) for _ in range(calls)]
+        heldout = HeldOut(setting.recipe, source, SEED, mesh, batch_size, max_examples)
+        return [heldout(state_of(setting.recipe)) for _ in range(calls)]
 
     return measure
 
@@ -82,18 +92,18 @@ class TestPoll:
                 return super().__call__(*args)
 
         traced = []
-        objective = Traced(**vars(make_setting().objective))
-        return HeldOut(
-            objective, source, SEED, mesh_of(1), batch_size=3, max_examples=COUNT
-        ), traced
+        recipe = with_labels_as_loss(make_setting().recipe, Traced)
+        held = HeldOut(recipe, source, SEED, mesh_of(1), batch_size=3, max_examples=COUNT)
+        state = state_of(recipe)
+        return lambda *poll: held(state, *poll), traced
 
     def test_is_asked_before_each_batch(self, heldout):
         polls = []
         measured, traced = heldout
-        values = measured({}, lambda: polls.append(list(traced)))
+        values = measured(lambda: polls.append(list(traced)))
         assert len(polls) == 4
         assert polls[0] == []
-        assert values == measured({})
+        assert values == measured()
 
     @pytest.mark.parametrize("batch", [1, 4])
     def test_what_it_raises_passes_through(self, heldout, batch):
@@ -108,6 +118,6 @@ class TestPoll:
         polls = []
         measured, traced = heldout
         with pytest.raises(Asked):
-            measured({}, poll)
+            measured(poll)
         assert len(polls) == batch
         assert bool(traced) == (batch > 1)

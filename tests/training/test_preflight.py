@@ -151,7 +151,7 @@ class TestGoodConfig:
         step = training_step.compile_step(
             check.recipe, check.state, check.mesh, data=check.resident
         )
-        jax.block_until_ready(step(check.state, check.batches, check.seed))
+        jax.block_until_ready(step(check.state, check.batches, jax.random.key(check.config.seed)))
         jax.effects_barrier()
         assert taken, "a step that is taken would have been noticed"
 
@@ -266,7 +266,7 @@ class TestFailures:
         assert "no.npz" in fails("data", config(**fields), tmp_path)
 
     def test_data_that_the_network_does_not_fit(self, tmp_path):
-        line = fails("data", config(model__channel_multipliers=(1, 1, 1, 1, 1)), tmp_path)
+        line = fails("parameters", config(model__channel_multipliers=(1, 1, 1, 1, 1)), tmp_path)
         assert "config.model.channel_multipliers" in line
 
     def test_no_run_to_start_from(self, tmp_path):

@@ -10,8 +10,7 @@ import pytest
 import tiny
 
 from jax_ddpm import factory
-from jax_ddpm.tasks.recipe import make_recipe
-from jax_ddpm.tasks.table import make_objective
+from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.loop import train
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
@@ -31,12 +30,12 @@ def test_splitting_the_batch_changes_nothing(mesh_of):
         model__class_conditional=True, data__flip=True, training__learning_rate=1e-3
     )
     model = factory.Model(config, tiny.spec((8, 8, 1)))
-    recipe = make_recipe(config, make_objective(config, model))
+    recipe = make_recipe(config, model)
 
     def run(accumulate, num_devices):
         mesh = mesh_of(num_devices)
         params = {"network": model.network.init(jax.random.key(0))}
-        state = spread(init_state(recipe, params, ()), mesh)
+        state = spread(init_state(recipe, params), mesh)
         step = compile_step(recipe._replace(accumulate=accumulate), state, mesh)
         for i in range(3):
             batches = jax.tree.map(lambda x: x[None], tiny.batch(model.spec, seed=i))

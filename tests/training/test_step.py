@@ -12,7 +12,8 @@ import tiny
 from jax_ddpm.keys import Stream
 from jax_ddpm.runtime.devices import make_mesh, split, whole
 from jax_ddpm.tasks.adam import clipped_adam
-from jax_ddpm.tasks.recipe import Average, Phase, Recipe, make_learning_rate, make_recipe
+from jax_ddpm.tasks.optimisers import gated
+from jax_ddpm.tasks.recipe import Average, Frozen, Phase, Recipe, make_learning_rate
 from jax_ddpm.training.state import init_state
 from jax_ddpm.training.step import compile_step, spread
 
@@ -20,18 +21,19 @@ SEED = jax.random.key(7)
 both_ways = pytest.mark.parametrize("parallel", ["jit", "pmap"])
 
 
-def start(recipe, mesh, params, extra=()):
+def start(recipe, mesh, params, **changed):
     """The state before step 0, of copies that may be donated."""
-    return spread(init_state(recipe, jax.tree.map(jnp.array, params), extra), mesh)
+    state = init_state(recipe, jax.tree.map(jnp.array, params))
+    return spread(state._replace(**changed), mesh)
 
 
 def in_a_row(*batches):
     return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
 
-def train(recipe, mesh, params, extra, batches, parallel="jit", steps_per_dispatch=1):
+def train(recipe, mesh, params, batches, parallel="jit", steps_per_dispatch=1, **changed):
     """The state and the metrics after each batch, as NumPy."""
-    state = start(recipe, mesh, params, extra)
+    state = start(recipe, mesh, params, **changed)
     step = compile_step(recipe, state, mesh, parallel)
     log = []
     for i in range(0, len(batches), steps_per_dispatch):
@@ -63,8 +65,8 @@ def run(make_setting, mesh_of):
             extra = extra._replace(losses=jnp.asarray(losses, "f"), counts=extra.counts + 10)
         params = {"network": setting.model.network.init(jax.random.key(0))}
         batches = [tiny.batch(setting.spec, seed=i) for i in range(2)]
-        recipe = make_recipe(setting.config, setting.objective)._replace(accumulate=accumulate)
-        return train(recipe, mesh_of(num_devices), params, extra, batches, parallel)
+        recipe, mesh = setting.recipe._replace(accumulate=accumulate), mesh_of(num_devices)
+        return train(recipe, mesh, params, batches, parallel, extra=(extra,))
 
     return run
 
@@ -93,12 +95,14 @@ def test_splitting_the_batch_changes_neither_state_nor_metrics(
 class Quadratic:
     """½‖w - x‖² of the trained name, whose gradient is w - mean(x)."""
 
-    def __init__(self, name="network", towards=None):
-        self.name, self.towards = name, towards
+    def __init__(self, name="network"):
+        self.name = name
+
+    def init(self):
+        return ()
 
     def __call__(self, params, extra, batch, keys, step):
-        goal = batch["x"] if self.towards is None else params[self.towards]["w"][None]
-        difference = params[self.name]["w"][None] - goal + 0 * batch["x"]
+        difference = params[self.name]["w"][None] - batch["x"]
         return 0.5 * jnp.sum(difference**2, axis=1), {}, extra
 
 
@@ -108,7 +112,7 @@ def quadratic_recipe(make_setting):
 
     def make(objective=None, **fields):
         setting = make_setting(**fields)
-        recipe = make_recipe(setting.config, setting.objective)
+        recipe = setting.recipe
         (phase,) = recipe.phases
         return recipe._replace(phases=(phase._replace(objective=objective or Quadratic()),))
 
@@ -136,7 +140,7 @@ def test_update_is_clipped_adam_with_warm_up_and_an_average(quadratic_recipe, po
         training__grad_clip=clip,
         training__ema_decay=decay,
     )
-    state, log = train(recipe, make_mesh(), START, (), [{"x": x} for x in points], parallel)
+    state, log = train(recipe, make_mesh(), START, [{"x": x} for x in points], parallel)
 
     w = START["network"]["w"].astype(np.float64)
     average, first, second, norms = w, np.zeros(3), np.zeros(3), []
@@ -194,32 +198,105 @@ class TestLearningRate:
         np.testing.assert_allclose(rate(0, 4), [0, 0.2], rtol=1e-6)
 
 
-@both_ways
-def test_phases_train_their_names_in_turn_with_their_own_optimiser(points, parallel):
-    """The second phase sees the parameters that the first has just updated."""
+class Towards(Quadratic):
+    """½‖w - goal‖² where the goal is the sum of what is read; its memory sums up drawn numbers."""
 
-    def sgd(rate):
-        return optax.with_extra_args_support(optax.sgd(rate))
+    def __init__(self, name, *goals):
+        super().__init__(name)
+        self.goals = goals
 
-    recipe = Recipe(
+    def init(self):
+        return jnp.zeros(())
+
+    def __call__(self, params, extra, batch, keys, step):
+        goal = sum(params[name]["w"] for name in self.goals)
+        difference = (params[self.name]["w"] - goal)[None] + 0 * batch["x"]
+        drawn = jax.vmap(jax.random.uniform)(keys.per_example(Stream.NOISE))
+        extra = extra + jnp.mean(keys.gather(drawn))
+        return 0.5 * jnp.sum(difference**2, axis=1), {"drawn": (drawn, 1 + 0 * drawn)}, extra
+
+
+def sgd(rate):
+    return gated(optax.sgd(rate), np.inf)
+
+
+def two_phases(**second):
+    """a moves to the data's mean; b, every third step, towards a, a's average and a frozen c."""
+    goals = ("a", "ema/slow", "c")
+    return Recipe(
+        networks={},
         phases=(
             Phase(Quadratic("a"), ("a",), sgd(0.1), optax.constant_schedule(0.1)),
-            Phase(Quadratic("b", towards="a"), ("b",), sgd(0.5), optax.constant_schedule(0.5)),
+            Phase(
+                Towards("b", *goals),
+                ("b",),
+                sgd(0.5),
+                optax.constant_schedule(0.5),
+                reads=goals,
+                every=3,
+                project=lambda trained: jax.tree.map(lambda w: jnp.maximum(w, 1.5), trained),
+            ),
         ),
-        averages={"slow_a": Average("a", lambda step: 0.75)},
+        averages={"slow": Average("a", lambda step: 0.75)},
+        frozen={"c": Frozen({"w": np.array([0.1, 0.2, -9.0], "f")}, None, {})},
     )
-    params = {
-        name: {"w": np.full(3, value, "f")} for name, value in zip("abc", (1, 2, 3), strict=True)
-    }
-    state, _ = train(recipe, make_mesh(), params, (), [{"x": x} for x in points], parallel)
+
+
+AB = {name: {"w": np.full(3, value, "f")} for name, value in zip("ab", (1, 2), strict=True)}
+
+
+@both_ways
+@pytest.mark.parametrize("steps_per_dispatch", [1, 3])
+def test_phases_train_their_names_in_turn_with_their_own_optimiser(
+    points, parallel, steps_per_dispatch
+):
+    """The second sees what the first has just updated, the average of before, and what is frozen.
+
+    It runs at every third step, and what it trains is projected.
+    """
+    recipe = two_phases()
+    batches = [{"x": x} for x in points]
+    state, log = train(recipe, make_mesh(), AB, batches, parallel, steps_per_dispatch)
 
     a, b, slow = np.full(3, 1.0), np.full(3, 2.0), np.full(3, 1.0)
-    for x in points.astype(np.float64):
+    c = recipe.frozen["c"].params["w"]
+    for step, x in enumerate(points.astype(np.float64)):
         a = a - 0.1 * (a - x.mean(axis=0))
-        b = b - 0.5 * (b - a)
+        if step % 3 == 0:
+            b = np.maximum(b - 0.5 * (b - (a + slow + c)), 1.5)
         slow = 0.75 * slow + 0.25 * a
-    all_close(state.params, {"a": {"w": a}, "b": {"w": b}, "c": params["c"]}, rtol=1e-5)
-    all_close(state.ema, {"slow_a": {"w": slow}}, rtol=1e-5)
+        assert log[step]["b/loss"][1] == (8 if step % 3 == 0 else 0)
+        assert log[step]["a/loss"][1] == 8
+        assert log[step]["finite"][0] == 1
+    all_close(state.params, {"a": {"w": a}, "b": {"w": b}}, rtol=1e-5)
+    all_close(state.ema, {"slow": {"w": slow}}, rtol=1e-5)
+    drawn = [np.divide(*log[step]["b/drawn"]) for step in (0, 3)]
+    np.testing.assert_allclose(state.extra[1], sum(drawn), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("accumulate", "num_devices", "parallel"), [(2, 4, "jit"), (2, 2, "pmap")])
+def test_splitting_the_batch_changes_no_phase(points, mesh_of, accumulate, num_devices, parallel):
+    def run(accumulate, num_devices, parallel="jit"):
+        recipe = two_phases()._replace(accumulate=accumulate)
+        batches = [{"x": x} for x in points]
+        state, log = train(recipe, mesh_of(num_devices), AB, batches, parallel)
+        return state.params, state.ema, log
+
+    all_close(run(accumulate, num_devices, parallel), run(1, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_first_phase_has_the_keys_of_a_run_of_one_phase_and_others_have_their_own(points):
+    drawn = []
+    for number in range(2):
+        phases = [
+            Phase(Towards(name), (name,), sgd(0.1), optax.constant_schedule(0.1)) for name in "ab"
+        ]
+        recipe = Recipe({}, tuple(phases[: 2 - number]), {})
+        params = {name: AB[name] for name in "ab"[: 2 - number]}
+        _, (log,) = train(recipe, make_mesh(), params, [{"x": points[0]}])
+        drawn.append({name: float(pair[0]) for name, pair in log.items() if "drawn" in name})
+    assert drawn[0]["a/drawn"] == drawn[1]["drawn"]
+    assert drawn[0]["b/drawn"] != drawn[1]["drawn"]
 
 
 class Failing(Quadratic):
@@ -228,6 +305,9 @@ class Failing(Quadratic):
     def __init__(self, how):
         super().__init__()
         self.how = how
+
+    def init(self):
+        return jnp.zeros(())
 
     def __call__(self, params, extra, batch, keys, step):
         loss, metrics, _ = super().__call__(params, extra, batch, keys, step)
@@ -248,7 +328,7 @@ def test_an_update_that_is_not_finite_is_not_applied(
 ):
     """All devices keep what they had, whichever it happens on."""
     recipe = quadratic_recipe(Failing(how), training__accumulate=accumulate)
-    state = start(recipe, make_mesh(), START, jnp.zeros(()))
+    state = start(recipe, make_mesh(), START)
     step = compile_step(recipe, state, make_mesh(), parallel)
 
     states, finite = [], []
@@ -275,11 +355,12 @@ def test_from_the_first_phase_that_is_not_finite_on_nothing_is_updated(points, b
     rate = optax.constant_schedule(0.1)
     adam = clipped_adam(rate, 0.9, 0.999, 1e-8, 1.0)
     recipe = Recipe(
+        networks={},
         phases=tuple(Phase(Spoilt(name), (name,), adam, rate) for name in "ab"),
         averages={name: Average(name, lambda step: 0.5) for name in "ab"},
     )
     params = {name: {"w": np.full(3, 2.0, "f")} for name in "ab"}
-    state, (log,) = train(recipe, make_mesh(), params, (), [{"x": points[0]}])
+    state, (log,) = train(recipe, make_mesh(), params, [{"x": points[0]}])
     moved = {name: np.any(state.params[name]["w"] != params[name]["w"]) for name in "ab"}
     assert moved == {"a": bad == 1, "b": False}
     all_close(state.ema, params)
@@ -295,9 +376,7 @@ def test_is_compiled_once(quadratic_recipe, points, parallel):
             traces.append(params)
             return super().__call__(params, *args)
 
-    train(
-        quadratic_recipe(Counting()), make_mesh(), START, (), [{"x": x} for x in points], parallel
-    )
+    train(quadratic_recipe(Counting()), make_mesh(), START, [{"x": x} for x in points], parallel)
     assert len(traces) == 1
 
 
@@ -340,7 +419,7 @@ class TestDonation:
 
     def test_averages_are_copies(self, quadratic_recipe):
         """Sharing a buffer with the parameters would donate it twice."""
-        state = init_state(quadratic_recipe(), jax.tree.map(jnp.array, START), ())
+        state = init_state(quadratic_recipe(), jax.tree.map(jnp.array, START))
         jax.tree.map(lambda leaf: leaf.delete(), state.params)
         np.testing.assert_array_equal(state.ema["network"]["w"], START["network"]["w"])
 
@@ -359,7 +438,6 @@ def test_objectives_get_keys_by_global_index(quadratic_recipe, mesh_of, points):
             quadratic_recipe(Noise())._replace(accumulate=n),
             mesh_of(d),
             START,
-            (),
             [{"x": x} for x in points[:2]],
             parallel,
         )[1]

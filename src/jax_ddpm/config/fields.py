@@ -27,6 +27,7 @@ from jax_ddpm.options import (
     positive,
     positive_and_finite,
 )
+from jax_ddpm.tasks.optimisers import OPTIMISERS
 from jax_ddpm.tasks.table import TASKS
 
 GUIDANCE = ("classifier_free", "classifier", "autoguidance")
@@ -43,6 +44,7 @@ def tables(modules: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
         "data.source": SOURCES.of(modules),
         "model.name": NETWORKS.of(modules) | CLASSIFIERS.of(modules),
         "process.name": PROCESSES.of(modules),
+        "training.optimiser": OPTIMISERS.of(modules),
         "sampling.sampler": SAMPLERS.of(modules),
         "sampling.grid": GRIDS.of(modules),
         "sampling.process": CONTINUOUS.of(modules),
@@ -65,13 +67,13 @@ def fields(modules: Iterable[str] = ()) -> dict[str, Option]:
         for name, option in _of(known["sampling.sampler"]).items()
     }
     sections: dict[str, tuple[dict[str, Option], ...]] = {
-        "": (_RUN,),
+        "": (_RUN, _of(known["task"])),
         "data": (_of(known["data.source"]), _DATA),
         "model": (_of(known["model.name"]), _MODEL),
         "process": (_of(known["process.name"]), _PROCESS),
         "parameterisation": (options.of(Parameterisation), _PARAMETERISATION),
         "loss": (_LOSS,),
-        "training": (_TRAINING,),
+        "training": (_TRAINING, _of(known["training.optimiser"])),
         "sampling": (samplers, _SAMPLING),
     }
     found = {}
@@ -168,9 +170,7 @@ _TRAINING = {
         OneOf(("constant", "cosine")),
         "constant",
     ),
-    "adam_b1": Option("Decay of the first moment.", fraction, 0.9),
-    "adam_b2": Option("Decay of the second moment.", fraction, 0.999),
-    "adam_eps": Option("Added to the root of the second moment.", positive_and_finite, 1e-8),
+    "optimiser": Option("The method.", default="adam"),
     "grad_clip": Option("Of the gradient's global norm.", positive, 1.0),
     "ema_decay": Option("Of the averaged parameters.", fraction, 0.9999),
     "label_drop": Option("Share of labels replaced by the null label.", fraction, 0.1),

@@ -15,6 +15,7 @@ from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
 from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS
 from jax_ddpm.options import OneOf, require
 from jax_ddpm.runtime.distributed import several
+from jax_ddpm.tasks.optimisers import OPTIMISERS
 from jax_ddpm.tasks.table import task_of
 
 
@@ -62,6 +63,16 @@ def check_task(config: ConfigDict) -> None:
         lambda value: not (value and shifts),
         "False: a classifier is not told the class",
     )
+
+
+def check_optimiser(config: ConfigDict) -> None:
+    """Refuses options of other optimisers, which would do nothing."""
+    name, rows = config.training.optimiser, OPTIMISERS.of(config.modules)
+    others = {option: usual for row in rows.values() for option, usual in options.of(row).items()}
+    for option in others.keys() - options.of(rows[name]):
+        usual = others[option].default
+        must_be = f"left at {usual}: it is not for optimiser={name}"
+        require(config, f"training.{option}", (usual,).__contains__, must_be)
 
 
 def check_images(config: ConfigDict) -> None:

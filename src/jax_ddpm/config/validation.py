@@ -23,6 +23,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     _check_source(config)
     rules.check_devices(config, num_devices)
     rules.check_task(config)
+    rules.check_optimiser(config)
     factory.make_module(config, task_of(config).networks, out_channels=1, num_classes=1)
     rules.check_process(config)
     factory.make_parameterisation(config)

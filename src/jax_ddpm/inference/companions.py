@@ -13,8 +13,9 @@ from jax_ddpm.diffusion.optimal_variance import X0Error
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import ALONE, Companions
 from jax_ddpm.runs import checkpoint
-from jax_ddpm.runs.checkpoint import choose_step, digest
+from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.identity import load_identity
+from jax_ddpm.runs.served import served
 from jax_ddpm.tasks.classification import NoisyImageClassifier
 from jax_ddpm.tasks.table import make_model
 
@@ -48,8 +49,7 @@ def load_companions(
             raise UserError(
                 f"config.sampling.guide={guide}: its {name} is {held}; needed is {needed}"
             )
-    guide_step = choose_step(guide, sampling.guide_step or None, item)
-    params = checkpoint.restore_item(guide, guide_step, item)["network"]
+    _, params = served(guide, guide_config, sampling.guide_step or None, item)
     record = companions.record | {"guide_sha256": digest(params)}
     companions = companions._replace(record=record)
     model = make_model(guide_config, guide_spec)

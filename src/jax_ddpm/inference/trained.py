@@ -19,9 +19,9 @@ from jax_ddpm.factory import Companions
 from jax_ddpm.generate import Generator
 from jax_ddpm.inference.companions import load_companions
 from jax_ddpm.options import did_you_mean, is_a, words_for
-from jax_ddpm.runs import checkpoint
-from jax_ddpm.runs.checkpoint import choose_step, digest
+from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.identity import load_identity
+from jax_ddpm.runs.served import served
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.tasks.table import task_of
 
@@ -108,8 +108,7 @@ def read(
     _override(config, sampling)
     validate_sampling(config)
     item = "params" if raw else "ema"
-    step = choose_step(workdir, step, item)
-    params = checkpoint.restore_item(workdir, step, item)["network"]
+    step, params = served(workdir, config, step, item)
     companions = load_companions(config, spec, workdir, step, item)
     return config, spec, step, item, params, companions
 

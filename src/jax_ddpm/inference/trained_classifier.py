@@ -13,9 +13,9 @@ from jax_ddpm.data.plan import padded_batches
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.images import from_levels
-from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.identity import load_identity
+from jax_ddpm.runs.served import served
 from jax_ddpm.tasks.classification import ImageClassifier
 
 _BATCH_SIZE = 256
@@ -80,14 +80,11 @@ def load_classifier(workdir: str | pathlib.Path) -> TrainedClassifier:
     config, spec = load_identity(workdir)
     if config.task != "classification":
         raise UserError(f"--workdir={workdir} holds no classifier; train one with config.task")
-    step = checkpoint.newest(workdir, ["ema"])
-    if step is None:
-        raise UserError(f"--workdir={workdir}: no checkpoint there yet; train on")
+    step, params = served(workdir, config)
     source = factory.make_source(config)
     if source.spec != spec:
         raise UserError(
             f"--workdir={workdir}: its classifier is for {spec.identity}, but its config.data now "
             f"gives {source.spec.identity}; bring back the data it was trained on"
         )
-    params = checkpoint.restore_item(workdir, step, "ema")["network"]
     return TrainedClassifier(config, spec, step, params, source)

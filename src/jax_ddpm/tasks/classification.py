@@ -20,7 +20,9 @@ from jax_ddpm.models.network import Network
 from jax_ddpm.models.table import CLASSIFIERS
 from jax_ddpm.options import require
 from jax_ddpm.tasks import augmentation
-from jax_ddpm.tasks.objective import Metrics, Task
+from jax_ddpm.tasks.objective import Metrics
+from jax_ddpm.tasks.recipe import Read, Recipe, one_network
+from jax_ddpm.tasks.task import Task
 
 
 class ImageClassifier:
@@ -180,19 +182,19 @@ def _fields(config: ConfigDict, model: ImageClassifier) -> dict[str, Any]:
     }
 
 
-def _objective(config: ConfigDict, model: ImageClassifier) -> ClassificationObjective:
-    return ClassificationObjective(**_fields(config, model))
+def _recipe(config: ConfigDict, model: ImageClassifier, read: Read) -> Recipe:
+    objective = ClassificationObjective(**_fields(config, model))
+    return one_network(config, model.network, objective)
 
 
-def _noisy_objective(
-    config: ConfigDict, model: NoisyImageClassifier
-) -> NoisyClassificationObjective:
-    return NoisyClassificationObjective(
+def _noisy_recipe(config: ConfigDict, model: NoisyImageClassifier, read: Read) -> Recipe:
+    objective = NoisyClassificationObjective(
         **_fields(config, model),
         parameterisation=model.parameterisation,
         time_sampler=factory.make_time_sampler(config, model.process),
     )
+    return one_network(config, model.network, objective)
 
 
-CLASSIFICATION = Task(ImageClassifier, _objective, CLASSIFIERS)
-NOISY_CLASSIFICATION = Task(NoisyImageClassifier, _noisy_objective, CLASSIFIERS)
+CLASSIFICATION = Task(ImageClassifier, _recipe, CLASSIFIERS)
+NOISY_CLASSIFICATION = Task(NoisyImageClassifier, _noisy_recipe, CLASSIFIERS)

@@ -22,7 +22,9 @@ from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
 from jax_ddpm.models.table import NETWORKS
 from jax_ddpm.tasks import augmentation
-from jax_ddpm.tasks.objective import Metrics, Task
+from jax_ddpm.tasks.objective import Metrics
+from jax_ddpm.tasks.recipe import Read, Recipe, one_network
+from jax_ddpm.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,8 +147,8 @@ class DiffusionObjective:
         }
 
 
-def _objective(config: ConfigDict, model: factory.Model) -> DiffusionObjective:
-    return DiffusionObjective(
+def _recipe(config: ConfigDict, model: factory.Model, read: Read) -> Recipe:
+    objective = DiffusionObjective(
         apply=model.network.apply,
         parameterisation=model.parameterisation,
         variance=model.variance,
@@ -159,6 +161,7 @@ def _objective(config: ConfigDict, model: factory.Model) -> DiffusionObjective:
         label_drop=config.training.label_drop if model.num_classes else None,
         self_condition=model.self_condition,
     )
+    return one_network(config, model.network, objective)
 
 
-DIFFUSION = Task(factory.Model, _objective, NETWORKS)
+DIFFUSION = Task(factory.Model, _recipe, NETWORKS)

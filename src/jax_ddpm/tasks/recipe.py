@@ -1,68 +1,192 @@
-"""How to train: the phases of a step, their optimisers, the averages kept."""
+"""How to train: networks, the phases of a step, the averages kept, and what is only read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from jax_ddpm.tasks.adam import clipped_adam
-from jax_ddpm.tasks.objective import Objective
+from jax_ddpm.errors import UserError
+from jax_ddpm.models.network import Network
+from jax_ddpm.tasks.objective import Measurable, Objective
+from jax_ddpm.tasks.optimisers import make_optimiser
+
+Schedule = Callable[[Any], Any]
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Frozen(NamedTuple):
+    """A trained network of another run, which is read and never changed.
+
+    Attributes:
+      params: its parameters, a tree.
+      model: the model that run trained, whose functions take them.
+      record: their identity, as JSON.
+    """
+
+    params: Any
+    model: Any
+    record: dict[str, Any]
+
+
+# The name of a config's field that holds the workdir of a run → its network.
+Read = Callable[[str], Frozen]
+
+
+def reads_nothing(field: str) -> Frozen:
+    """The ``Read`` of a recipe that stands alone."""
+    raise UserError(f"config.{field}: no other run is read here")
 
 
 class Phase(NamedTuple):
-    """One objective and the named parameters that its optimiser updates.
+    """One objective and the networks that its gradients train.
 
-    The optimiser's update takes the gradients' global ``norm``, and ``finite``; where that is false
-    it must change nothing. ``learning_rate`` is its schedule, step → rate, for the log.
+    Attributes:
+      objective: what is minimised.
+      trains: the names of the networks that its optimiser updates.
+      optimiser: its update takes the gradients' global ``norm``, and ``finite``; where that is
+        false it must change nothing.
+      learning_rate: its schedule, step → rate, for the log.
+      reads: the names of all else that the objective takes: networks, which then are as the phases
+        before have left them in this step, averages as "ema/<name>", and what is frozen.
+      every: the phase runs at multiples of so many steps.
+      project: applied to what it trains, ``{name: tree}``, after each update, such as a norm of
+        weights that is enforced.
     """
 
     objective: Objective
     trains: tuple[str, ...]
     optimiser: optax.GradientTransformationExtraArgs
-    learning_rate: Callable[[Any], Any]
+    learning_rate: Schedule
+    reads: tuple[str, ...] = ()
+    every: int = 1
+    project: Callable[[dict[str, Any]], dict[str, Any]] = lambda trained: trained
+
+    @property
+    def name(self) -> str:
+        """The prefix of its metrics where there are several phases."""
+        return "+".join(self.trains)
 
 
 class Average(NamedTuple):
-    """An exponential moving average of the parameters ``source``, with decay(step)."""
+    """An exponential moving average of the network ``source``, with decay(step).
+
+    It is kept for good at multiples of ``snapshot_every`` steps; 0: never.
+    """
 
     source: str
-    decay: Callable[[Any], Any]
+    decay: Schedule
+    snapshot_every: int = 0
 
 
 class Recipe(NamedTuple):
-    """How to train: the phases of every step, the averages kept, micro-batches per step."""
+    """How to train.
 
+    Attributes:
+      networks: what is trained, by name.
+      phases: they run in this order within each step.
+      averages: by name; the one that has its network's name takes its place when measuring.
+      frozen: what is only read: never in a checkpoint, its record is part of the run's identity.
+      measured: the place of the phase whose objective is measured on held-out data.
+      accumulate: micro-batches per step.
+    """
+
+    networks: dict[str, Network]
     phases: tuple[Phase, ...]
     averages: dict[str, Average]
+    frozen: Mapping[str, Frozen] = NONE
+    measured: int = 0
     accumulate: int = 1
 
+    def held_out(self) -> Measurable:
+        """The objective that is measured on held-out data."""
+        objective = self.phases[self.measured].objective
+        if not isinstance(objective, Measurable):
+            raise UserError(
+                f"recipe: the objective of phase {self.phases[self.measured].name} is measured on "
+                "held-out data; give it a method measuring(), or choose another by measured"
+            )
+        return objective
 
-def make_recipe(config: ConfigDict, objective: Objective) -> Recipe:
-    """One phase, the parameters "network" and their average of the same name."""
-    learning_rate = make_learning_rate(config)
-    training = config.training
-    optimiser = clipped_adam(
-        learning_rate, training.adam_b1, training.adam_b2, training.adam_eps, training.grad_clip
-    )
 
-    def ema_decay(step):
-        # Early on, average over about the last tenth of the run instead of the random start.
-        return jnp.minimum(config.training.ema_decay, (1 + step) / (10 + step))
+def check_recipe(recipe: Recipe) -> None:
+    """Checks that its parts name each other.
 
+    Raises:
+      UserError: naming the first part that does not exist, or is there twice.
+    """
+    known = [*recipe.networks, *(f"ema/{name}" for name in recipe.averages), *recipe.frozen]
+    _require_no_twin("names", known)
+    _require_no_twin("phases", [phase.name for phase in recipe.phases])
+    trained = {name for phase in recipe.phases for name in phase.trains}
+    for place, names, allowed in (
+        *(("a phase trains", phase.trains, [*recipe.networks]) for phase in recipe.phases),
+        *((f"phase {phase.name} reads", phase.reads, known) for phase in recipe.phases),
+        ("the recipe averages", [a.source for a in recipe.averages.values()], [*recipe.networks]),
+        ("no phase trains", [*recipe.networks], [*trained]),
+    ):
+        for name in names:
+            if name not in allowed:
+                raise UserError(f"recipe: {place} {name!r}; there are {', '.join(allowed)}")
+
+
+def _require_no_twin(kind: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"recipe: two {kind} are called {name!r}; rename one of them")
+
+
+def one_network(config: ConfigDict, network: Network, objective: Measurable) -> Recipe:
+    """One phase that trains "network", and its average of the same name."""
     return Recipe(
-        phases=(Phase(objective, ("network",), optimiser, learning_rate),),
-        averages={"network": Average("network", ema_decay)},
+        networks={"network": network},
+        phases=(make_phase(config, objective, trains=("network",)),),
+        averages={"network": Average("network", ema_decay(config))},
         accumulate=config.training.accumulate,
     )
 
 
-def make_learning_rate(config: ConfigDict) -> optax.Schedule:
+def make_phase(
+    config: ConfigDict,
+    objective: Objective,
+    trains: tuple[str, ...],
+    *,
+    learning_rate: float | None = None,
+    every: int = 1,
+    **parts: Any,
+) -> Phase:
+    """A phase with the optimiser of ``config.training``.
+
+    ``learning_rate`` is the phase's own in place of ``config.training.learning_rate``; ``parts``
+    are the other attributes of ``Phase``. Schedules count training steps, also where a phase runs
+    only at some of them.
+    """
+    rate = make_learning_rate(config, learning_rate)
+
+    def at_update(count):
+        return rate(every * count)
+
+    optimiser = make_optimiser(config, rate if every == 1 else at_update)
+    return Phase(objective, trains, optimiser, rate, every=every, **parts)
+
+
+def make_learning_rate(config: ConfigDict, peak: float | None = None) -> optax.Schedule:
     """Linear warm-up from 0, then constant or along a cosine to 0 at the last step."""
-    peak, warmup = config.training.learning_rate, config.training.warmup_steps
+    training = config.training
+    peak, warmup = training.learning_rate if peak is None else peak, training.warmup_steps
     rest = {
         "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, max(1, config.training.num_steps - warmup)),
-    }[config.training.decay]
+        "cosine": optax.cosine_decay_schedule(peak, max(1, training.num_steps - warmup)),
+    }[training.decay]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup])
+
+
+def ema_decay(config: ConfigDict) -> Schedule:
+    """``training.ema_decay``, reached by (1 + step)/(10 + step).
+
+    Early on the average then reaches over about the last tenth of the run, not to the random start.
+    """
+    limit = config.training.ema_decay
+    return lambda step: jnp.minimum(limit, (1 + step) / (10 + step))

@@ -5,10 +5,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
-from jax_ddpm.options import OneOf, Table, require
+from jax_ddpm.options import OneOf, Table, require, taken
 from jax_ddpm.tasks.classification import CLASSIFICATION, NOISY_CLASSIFICATION
 from jax_ddpm.tasks.diffusion import DIFFUSION
-from jax_ddpm.tasks.objective import Measurable, Task
+from jax_ddpm.tasks.recipe import Read, Recipe, check_recipe, reads_nothing
+from jax_ddpm.tasks.task import Task
 
 TASKS = Table(
     {
@@ -31,6 +32,13 @@ def make_model(config: ConfigDict, spec: Spec) -> Any:
     return task_of(config).model(config, spec)
 
 
-def make_objective(config: ConfigDict, model: Any) -> Measurable:
-    """The objective that training that model minimises."""
-    return task_of(config).objective(config, model)
+def make_recipe(config: ConfigDict, model: Any, read: Read = reads_nothing) -> Recipe:
+    """How ``config.task`` trains that model; ``read`` gives the frozen networks of other runs.
+
+    Raises:
+      UserError: where the recipe's parts do not name each other.
+    """
+    task = task_of(config)
+    recipe = task.recipe(config, model, read, **taken(task, config))
+    check_recipe(recipe)
+    return recipe

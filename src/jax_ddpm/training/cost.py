@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jax_ddpm.keys import StepKeys
-from jax_ddpm.tasks.recipe import Recipe
+from jax_ddpm.tasks.recipe import Phase, Recipe
 from jax_ddpm.training.arithmetic import (
     activation_bytes,
     array_bytes,
@@ -23,7 +23,7 @@ from jax_ddpm.training.arithmetic import (
     product_flops,
     total_of,
 )
-from jax_ddpm.training.state import TrainState
+from jax_ddpm.training.state import TrainState, readable
 from jax_ddpm.training.step import fsdp_spec
 
 # XLA joins collectives into one up to this many bytes (collective_utils.h).
@@ -81,7 +81,7 @@ class StepCost(NamedTuple):
     """The cost of one train step on each device, and of one checkpoint.
 
     Attributes:
-      state_bytes: parameters, averages, optimiser.
+      state_bytes: parameters, averages, optimiser, and frozen networks.
       update_bytes: read and written by the optimiser and the averages.
       volumes: bytes of the arrays that pass through each kind of collective.
       checkpoint_bytes: of the whole state, once.
@@ -139,15 +139,14 @@ def gradient_work(recipe: Recipe, state: TrainState, batch: dict[str, Any]) -> W
     rows = len(jax.tree.leaves(batch)[0])
     seed = jax.eval_shape(lambda: jax.random.key(0))
     works = []
-    for phase in recipe.phases:
+    for phase, extra in zip(recipe.phases, state.extra, strict=True):
 
-        def loss(trained, params, extra, batch, seed, step, phase=phase):
+        def loss(trained, read, extra, batch, seed, step, phase=phase):
             keys = StepKeys(seed, step, jnp.arange(rows), rows)
-            losses, _, _ = phase.objective(params | trained, extra, batch, keys, step)
+            losses, _, _ = phase.objective(read | trained, extra, batch, keys, step)
             return losses.sum()
 
-        trained = {name: state.params[name] for name in phase.trains}
-        arguments = trained, state.params, state.extra, batch, seed, state.step
+        arguments = *_parts(recipe, state, phase), extra, batch, seed, state.step
         gradients = jax.make_jaxpr(jax.grad(loss))(*arguments).jaxpr
         works.append(
             Work(
@@ -164,19 +163,32 @@ def step_cost(recipe: Recipe, state: TrainState, work: Work, mesh: Mesh | Abstra
     """The cost of a train step with its state, of arrays or only shapes, spread over ``mesh``."""
     volumes: Volumes = defaultdict(int)
     for phase in recipe.phases:
-        trained = {name: state.params[name] for name in phase.trains}
-        for collective, volume in gradient_volumes(trained, mesh, recipe.accumulate).items():
+        trained, read = _parts(recipe, state, phase)
+        for collective, volume in gradient_volumes(trained, mesh, recipe.accumulate, read).items():
             volumes[collective] += volume
     held = state.params, state.ema, state.opt_state
     return StepCost(
         work,
-        state_bytes=_held_bytes(held, mesh),
+        state_bytes=_held_bytes((held, _frozen(recipe)), mesh),
         # The optimiser reads and writes the state; the gradient is read for its norm and for the
         # update, the parameters for their norm.
         update_bytes=2 * _held_bytes(held, mesh) + 3 * _held_bytes(state.params, mesh),
         volumes=dict(volumes),
         checkpoint_bytes=sum(map(array_bytes, jax.tree.leaves(held))),
     )
+
+
+def _parts(
+    recipe: Recipe, state: TrainState, phase: Phase
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a phase trains, and what it reads."""
+    known = readable(state.params, state.ema, _frozen(recipe))
+    trained, read = ({name: known[name] for name in names} for names in (phase.trains, phase.reads))
+    return trained, read
+
+
+def _frozen(recipe: Recipe) -> dict[str, Any]:
+    return {name: network.params for name, network in recipe.frozen.items()}
 
 
 def predict(cost: StepCost, machine: Machine) -> StepTime:
@@ -206,16 +218,21 @@ def collective_seconds(collective: Collective, volume: int, machine: Machine) ->
     return collective.passes * (seconds / machine.bandwidth_share + messages * latency)
 
 
-def gradient_volumes(params: Any, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> Volumes:
-    """Bytes through each collective of a train step; scalars for metrics and norms count nothing.
+def gradient_volumes(
+    trained: Any, mesh: Mesh | AbstractMesh, accumulate: int = 1, read: Any = ()
+) -> Volumes:
+    """Bytes through each collective of a phase; scalars for metrics and norms count nothing.
 
     Arrays split over "fsdp" are gathered once for all forward passes and once for each
     micro-batch's backward pass, and each micro-batch's gradients summed and scattered; the parts
-    are then summed over the other devices. All other gradients are summed over all devices.
+    are then summed over the other devices. All other gradients are summed over all devices. What is
+    only read is gathered as often, or less where no gradient passes through it.
     """
     fsdp = mesh.shape.get("fsdp", 1)
     volumes: Volumes = defaultdict(int)
-    for leaf in jax.tree.leaves(params):
+    for leaf in filter(lambda leaf: _is_split(leaf, mesh), jax.tree.leaves(read)):
+        volumes[Collective("all-gather", fsdp)] += (1 + accumulate) * array_bytes(leaf)
+    for leaf in jax.tree.leaves(trained):
         if _is_split(leaf, mesh):
             volumes[Collective("all-gather", fsdp)] += (1 + accumulate) * array_bytes(leaf)
             volumes[Collective("reduce-scatter", fsdp)] += accumulate * array_bytes(leaf)

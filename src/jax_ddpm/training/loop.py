@@ -17,20 +17,21 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
+from jax_ddpm.runs.frozen import save_frozen
 from jax_ddpm.runs.identity import require_same_run, save_identity
 from jax_ddpm.runs.workdir import claimed
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first, own_folder
 from jax_ddpm.runtime.stopping import Poll, Stopped, never
-from jax_ddpm.tasks.recipe import make_recipe
-from jax_ddpm.tasks.table import make_model, make_objective
+from jax_ddpm.tasks.table import task_of
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.heldout import HeldOut
-from jax_ddpm.training.initial import initial_parameters
+from jax_ddpm.training.kept_averages import KeptAverages
 from jax_ddpm.training.meter import Meter, MetricWriter, NonFinite, Progress
+from jax_ddpm.training.prepare import Prepared, prepare
 from jax_ddpm.training.profile import Profiler
-from jax_ddpm.training.state import from_items, init_state, to_items
-from jax_ddpm.training.step import compile_step, spread
+from jax_ddpm.training.state import from_items, to_items
+from jax_ddpm.training.step import compile_step
 
 
 def train(
@@ -44,9 +45,10 @@ def train(
     """Trains into ``workdir`` up to ``training.num_steps``.
 
     Writes ``config.json``, ``data.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and
-    ``checkpoints/``. A run that lies there goes on from its newest whole checkpoint, to the same
-    parameters and the same ``metrics.jsonl`` as if it had never been interrupted. All of several
-    processes write the checkpoints; the first writes everything else.
+    ``checkpoints/``, and what a recipe may have beside: ``frozen.json``, ``averages/``. A run that
+    lies there goes on from its newest whole checkpoint, to the same parameters and the same
+    ``metrics.jsonl`` as if it had never been interrupted. All of several processes write the
+    checkpoints; the first writes everything else.
 
     Args:
       accept_changes: go on although the config differs in meaning from the run's.
@@ -64,8 +66,10 @@ def train(
     try:
         with claimed(workdir), own_folder(workdir) as own:
             require_same_run(workdir, config, source.spec, accept_changes)
+            mesh = make_mesh(config.fsdp)
+            prepared = prepare(config, source.spec, mesh, workdir, accept_changes)
             try:
-                return _train(config, workdir, own, source, profile, poll)
+                return _train(config, workdir, own, source, mesh, prepared, profile, poll)
             except NonFinite as error:
                 path = _note_batch(error, own, config, source)
                 raise UserError(f"{error}. The batch is noted in {path}") from error
@@ -92,38 +96,37 @@ def _train(
     workdir: pathlib.Path,
     own: pathlib.Path,
     source: Source,
+    mesh: Mesh,
+    prepared: Prepared,
     profile: bool,
     poll: Poll,
 ) -> pathlib.Path:
     """Trains; ``own`` is the folder of all that this process writes except checkpoints."""
-    model = make_model(config, source.spec)
-    objective = make_objective(config, model)
-    recipe = make_recipe(config, objective)
+    model, recipe, state, origin = prepared
     every, batch_size = config.training, config.training.batch_size
     num_steps, num_samples = config.training.num_steps, config.sampling.num_samples
+    task, seed = task_of(config), jax.random.key(config.seed)
 
     def picture(done: int) -> pathlib.Path:
         return own / "samples" / f"step_{done:07}.png"
 
-    mesh, seed = make_mesh(config.fsdp), jax.random.key(config.seed)
-    params = {"network": initial_parameters(config, model.network, seed, workdir)}
-    state = spread(init_state(recipe, params, objective.init()), mesh)
-
-    with Checkpoints(workdir, every.keep_last, every.keep_every) as checkpoints:
+    with (
+        Checkpoints(workdir, every.keep_last, every.keep_every) as checkpoints,
+        KeptAverages(workdir, recipe, config) as kept,
+    ):
         done, items, resumed = checkpoints.restore(to_items(state))
         state = from_items(done, items, state)
         if done > num_steps:
             raise UserError(f"--workdir={workdir}: {done} steps are done; raise training.num_steps")
         save_identity(own, config, source.spec)
+        save_frozen(own, recipe)
         if done == num_steps and from_first(picture(done).exists):
             if is_first():
                 print(f"all {num_steps:,} steps of {workdir} are done", file=sys.stderr)
             return picture(done)
 
-        heldout = HeldOut(objective, source, seed, mesh, batch_size, every.heldout_examples)
-        generator = None
-        if isinstance(model, factory.Model):
-            generator = Generator(model, config.sampling.batch_size, mesh)
+        heldout = HeldOut(recipe, source, seed, mesh, batch_size, every.heldout_examples)
+        generator = Generator(model, config.sampling.batch_size, mesh) if task.draws else None
         with (
             MetricWriter(own, done, resumed.get("position", 0)) as writer,
             Progress(num_steps, done, silent=not is_first()) as bar,
@@ -150,6 +153,7 @@ def _train(
             def stride() -> int:
                 """The steps of one dispatch, or 1 where something is due before its end."""
                 intervals = every.heldout_every, every.sample_every, every.checkpoint_every
+                intervals += tuple(kept.intervals.values())
                 left = min(num_steps - done, *(n - done % n for n in intervals))
                 return every.steps_per_dispatch if every.steps_per_dispatch <= left else 1
 
@@ -162,14 +166,17 @@ def _train(
                     if done == num_steps:
                         meter.finish()
                     if drawer:
-                        samples = drawer(state.ema["network"], config.seed, num_samples, poll=poll)
+                        params = state.ema[task.serves]
+                        samples = drawer(params, config.seed, num_samples, poll=poll)
                     if due(every.heldout_every):
-                        writer.write(done, heldout(state.ema, poll))
+                        writer.write(done, heldout(state, poll))
                     if drawer:
                         images.save_grid(picture(done), samples, drawer.columns(num_samples))
                         bar.say(f"wrote {picture(done)}")
 
-            bar.say(describe(params, source, mesh, done))
+            if origin:
+                bar.say(origin)
+            bar.say(describe(state.params, source, mesh, done))
             try:
                 evaluate()  # an interrupted run may have stopped right before it
                 while done < num_steps:
@@ -183,6 +190,7 @@ def _train(
                     done += count
                     bar.advance(count)
                     checkpoints.check()
+                    kept.keep(done, state.ema)
                     if due(every.checkpoint_every):
                         save()
                     poll()

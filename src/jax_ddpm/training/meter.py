@@ -209,14 +209,16 @@ class Progress:
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
         """Shows the figures of the last stretch, after ``step`` steps."""
-        loss, rate = scalars["loss"], scalars["images_per_second"]
+        losses = [name for name in scalars if f"/{name}".endswith("/loss")]  # one for each phase
+        told = ", ".join(f"{name} {scalars[name]:.4f}" for name in losses)
+        rate = scalars["images_per_second"]
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s")
+            self._bar.set_postfix_str(f"{told}, {rate:,.0f} images/s")
             return
         elapsed = time.perf_counter() - self._start
         left = elapsed / max(1, step - self._resumed) * (self._num_steps - step)
         self.say(
-            f"step {step:,}/{self._num_steps:,}  loss {loss:.4f}  {rate:,.0f} images/s  "
+            f"step {step:,}/{self._num_steps:,}  {told}  {rate:,.0f} images/s  "
             f"{_clock(elapsed)} elapsed, {_clock(left)} left"
         )
 

@@ -20,12 +20,10 @@ from jax_ddpm.runs.identity import require_same_run
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first
 from jax_ddpm.runtime.stopping import Poll, never
-from jax_ddpm.tasks.recipe import make_recipe
-from jax_ddpm.tasks.table import make_model, make_objective
 from jax_ddpm.training.feed import Feed
-from jax_ddpm.training.initial import initial_parameters
-from jax_ddpm.training.state import from_items, init_state, to_items
-from jax_ddpm.training.step import compile_step, spread
+from jax_ddpm.training.prepare import prepare
+from jax_ddpm.training.state import from_items, to_items
+from jax_ddpm.training.step import compile_step
 
 
 class Preflight:
@@ -82,11 +80,10 @@ class Preflight:
         return f"{self.workdir}, {_bytes(shutil.disk_usage(self.workdir).free)} free"
 
     def data(self) -> str:
-        """The source can be read, fits the config, and is that of the run in the workdir."""
+        """The source can be read, and is that of the run in the workdir."""
         start = time.perf_counter()
         self.source = factory.make_source(self.config)
         spec = self.source.spec
-        self.model = make_model(self.config, spec)
         require_same_run(self.workdir, self.config, spec)
         with Feed(self.config, self.source, self.mesh, start=0) as feed:
             self.resident, self.batches = feed.data, feed.take(1)
@@ -98,17 +95,16 @@ class Preflight:
         )
 
     def parameters(self) -> str:
-        """The state before the first step."""
-        objective = make_objective(self.config, self.model)
-        self.recipe = make_recipe(self.config, objective)
-        self.seed = jax.random.key(self.config.seed)
-        params = {
-            "network": initial_parameters(self.config, self.model.network, self.seed, self.workdir)
-        }
-        count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        self.state = spread(init_state(self.recipe, params, objective.init()), self.mesh)
+        """The state before the first step, and the frozen networks beside it."""
+        prepared = prepare(self.config, self.source.spec, self.mesh, self.workdir)
+        self.recipe, self.state = prepared.recipe, prepared.state
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
-        return f"{count:,}; with averages and optimiser {_bytes(self.state_bytes)}"
+        text = f"{count:,}; with averages and optimiser {_bytes(self.state_bytes)}"
+        for name, network in self.recipe.frozen.items():
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
+            text += f"; frozen {name} {_bytes(size)}"
+        return f"{text}; {prepared.origin}" if prepared.origin else text
 
     def checkpoints(self) -> str:
         """A checkpoint can be written, verified and read back, with room for all."""
@@ -149,7 +145,8 @@ class Preflight:
         step_fn = compile_step(
             self.recipe, self.state, self.mesh, self.config.parallel, self.resident
         )
-        compiled = step_fn.lower(self.state, self.batches, self.seed).compile()
+        seed = jax.random.key(self.config.seed)
+        compiled = step_fn.lower(self.state, self.batches, seed).compile()
         memory: Any = compiled.memory_analysis()
         seconds = time.perf_counter() - start
         needed = (

@@ -17,14 +17,27 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jax_ddpm.keys import StepKeys
+from jax_ddpm.keys import StepKeys, Stream, numbered_key
 from jax_ddpm.runtime import devices
 from jax_ddpm.tasks.objective import Metrics
 from jax_ddpm.tasks.recipe import Phase, Recipe
-from jax_ddpm.training.state import TrainState
+from jax_ddpm.training.state import TrainState, readable
 
 # An array of fewer elements is not worth a program, or a collective, of its own.
 _SMALL = 2**12
+
+
+class Held(NamedTuple):
+    """What lies on the devices from step to step and never changes.
+
+    Attributes:
+      data: whole sets, from which ``batch["index"]`` picks the examples; {} where the batch holds
+        them itself.
+      frozen: the parameters of frozen networks by name.
+    """
+
+    data: dict[str, Any]
+    frozen: dict[str, Any]
 
 
 class CompiledStep(NamedTuple):
@@ -39,29 +52,29 @@ class CompiledStep(NamedTuple):
 
     program: jax.stages.Wrapped
     arrange: Callable[[dict[str, Any]], dict[str, Any]]
-    data: dict[str, Array]
+    held: Held
 
     def __call__(
         self, state: TrainState, batches: dict[str, Any], seed: Any
     ) -> tuple[TrainState, Metrics]:
-        return self.program(state, self.data, self.arrange(batches), seed)
+        return self.program(state, self.held, self.arrange(batches), seed)
 
     def lower(self, state: TrainState, batches: dict[str, Any], seed: Any) -> jax.stages.Lowered:
         """The program before it is compiled, for asking what it will need."""
-        return self.program.lower(state, self.data, self.arrange(batches), seed)
+        return self.program.lower(state, self.held, self.arrange(batches), seed)
 
 
 def train_steps(
     step: Callable[..., tuple[TrainState, Metrics]],
     state: TrainState,
-    data: dict[str, Array],
+    held: Held,
     batches: dict[str, Array],
     seed: Any,
 ) -> tuple[TrainState, Metrics]:
     """One step for each batch, all in one program, so that no step waits for the host."""
 
     def one(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        return step(state, data, batch, seed)
+        return step(state, held, batch, seed)
 
     steps = len(jax.tree.leaves(batches)[0])
     # A single step compiles sooner outside of a loop.
@@ -71,7 +84,8 @@ def train_steps(
 def mean_gradients(
     phase: Phase,
     accumulate: int,
-    params: dict[str, Any],
+    trained: dict[str, Any],
+    read: dict[str, Any],
     extra: Any,
     data: dict[str, Array],
     batch: dict[str, Array],
@@ -82,21 +96,19 @@ def mean_gradients(
 ) -> tuple[Any, Metrics, Any]:
     """Gradients of the mean loss over the global batch; metrics, as sums over it; the new extra.
 
-    ``data`` holds whole sets on the device, from which ``batch["index"]`` picks the examples; the
-    batch holds them itself if ``data`` is empty. The batch is taken in ``accumulate`` parts in
-    turn.
+    The gradients are those of ``trained``; the objective also gets what it only reads. ``data`` is
+    that of ``Held``. The batch is taken in ``accumulate`` parts in turn.
 
     ``batch`` is this device's share of the global batch where this is mapped over the mesh axes
     ``axes``: the next examples after those of the device before. Arrays that ``layout``, a
-    PartitionSpec for each parameter, splits over "fsdp" come as the device's part, and so do their
-    gradients.
+    PartitionSpec for each one trained or read, splits over "fsdp" come as the device's part, and so
+    do their gradients.
     """
     examples = {name: of[batch["index"]] for name, of in data.items()} or batch
     keys = _step_keys(seed, step, len(jax.tree.leaves(examples)[0]), axes)
-    trained = {name: params[name] for name in phase.trains}
 
     def share_of_mean(trained, extra, part, part_keys):
-        everything = params | trained
+        everything = read | trained
         if layout is not None:
             everything = jax.tree.map(_gather, everything, layout)
         loss, metrics, extra = phase.objective(everything, extra, part, part_keys, step)
@@ -139,7 +151,7 @@ def mean_gradients(
 def train_step(
     recipe: Recipe,
     state: TrainState,
-    data: dict[str, Array],
+    held: Held,
     batch: dict[str, Array],
     seed: Any,
     gradients_of: Callable[..., tuple[Any, Metrics, Any]] = mean_gradients,
@@ -149,29 +161,34 @@ def train_step(
     A loss or gradient that is not finite stops all updates from its phase on, except the step
     count, and puts the metric ``finite`` below 1.
     """
-    params, opt_state, extra = dict(state.params), list(state.opt_state), state.extra
+    params, opt_state, extra = dict(state.params), list(state.opt_state), list(state.extra)
     metrics: Metrics = {}
     finite = jnp.array(True)
 
     for i, phase in enumerate(recipe.phases):
-        with jax.named_scope("gradients"):
-            gradients, phase_metrics, extra = gradients_of(
-                phase, recipe.accumulate, params, extra, data, batch, seed, state.step
+        known = readable(params, state.ema, held.frozen)
+        read = {name: known[name] for name in phase.reads}
+        keys = numbered_key(seed, Stream.PHASE, i)
+
+        def update(before: PhaseState, phase=phase, read=read, keys=keys) -> _Updated:
+            gradients, metrics, extra = gradients_of(
+                phase,
+                recipe.accumulate,
+                before.params,
+                read,
+                before.extra,
+                held.data,
+                batch,
+                keys,
+                state.step,
             )
-        gradient_norm = _norm(gradients)
-        loss, _ = phase_metrics["loss"]
-        finite &= jnp.isfinite(gradient_norm) & jnp.isfinite(loss)
-        with jax.named_scope("optimiser"):
-            trained = {name: params[name] for name in phase.trains}
-            updates, opt_state[i] = phase.optimiser.update(
-                gradients, opt_state[i], trained, norm=gradient_norm, finite=finite
-            )
-            params |= optax.apply_updates(trained, updates)
-        phase_metrics |= {
-            "gradient_norm": _single(gradient_norm),
-            "learning_rate": _single(phase.learning_rate(state.step)),
-        }
-        prefix = "" if len(recipe.phases) == 1 else "+".join(phase.trains) + "/"
+            return _update(phase, before, gradients, extra, metrics, state.step)
+
+        before = PhaseState({n: params[n] for n in phase.trains}, opt_state[i], extra[i], finite)
+        after, phase_metrics = _at_multiples_of(phase.every, state.step, update, before)
+        params |= after.params
+        opt_state[i], extra[i], finite = after.opt_state, after.extra, after.finite
+        prefix = "" if len(recipe.phases) == 1 else f"{phase.name}/"
         metrics |= {prefix + name: metric for name, metric in phase_metrics.items()}
 
     with jax.named_scope("averages"):
@@ -181,10 +198,51 @@ def train_step(
             )
             for name, average in recipe.averages.items()
         }
-    extra = jax.tree.map(lambda new, old: jnp.where(finite, new, old), extra, state.extra)
     metrics["parameter_norm"] = _single(_norm(params))
     metrics["finite"] = _single(finite.astype(jnp.float32))
-    return TrainState(state.step + 1, params, ema, tuple(opt_state), extra), metrics
+    return TrainState(state.step + 1, params, ema, tuple(opt_state), tuple(extra)), metrics
+
+
+class PhaseState(NamedTuple):
+    """What a phase changes: what it trains, its optimiser, its memory; whether all was finite."""
+
+    params: dict[str, Any]
+    opt_state: Any
+    extra: Any
+    finite: Array
+
+
+_Updated = tuple[PhaseState, Metrics]
+
+
+def _update(
+    phase: Phase, before: PhaseState, gradients: Any, extra: Any, metrics: Metrics, step: Array
+) -> _Updated:
+    """The phase after one step along its gradients, unless something is not finite."""
+    norm, (loss, _) = _norm(gradients), metrics["loss"]
+    finite = before.finite & jnp.isfinite(norm) & jnp.isfinite(loss)
+    with jax.named_scope("optimiser"):
+        updates, opt_state = phase.optimiser.update(
+            gradients, before.opt_state, before.params, norm=norm, finite=finite
+        )
+        params = phase.project(optax.apply_updates(before.params, updates))
+    extra = jax.tree.map(lambda new, old: jnp.where(finite, new, old), extra, before.extra)
+    metrics |= {"gradient_norm": _single(norm), "learning_rate": _single(phase.learning_rate(step))}
+    return PhaseState(params, opt_state, extra, finite), metrics
+
+
+def _at_multiples_of(
+    every: int, step: Array, update: Callable[[PhaseState], _Updated], before: PhaseState
+) -> _Updated:
+    """The update at every ``every``-th step; at others nothing changes and no metric has weight."""
+    if every == 1:
+        return update(before)
+
+    def skip(before: PhaseState) -> _Updated:
+        _, metrics = jax.eval_shape(update, before)
+        return before, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+
+    return jax.lax.cond(step % every == 0, update, skip, before)
 
 
 def _step_keys(seed: Any, step: Array, share: int, axes: tuple[str, ...]) -> StepKeys:
@@ -245,20 +303,20 @@ def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 def spread(state: TrainState, mesh: Mesh) -> TrainState:
     """Splits parameters, averages and optimiser over "fsdp"; all else is whole on every device."""
-
     whole: Any = devices.whole(mesh)
-
-    def layout(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: NamedSharding(mesh, fsdp_spec(np.shape(leaf), mesh)), tree)
-
     shardings = TrainState(
         step=whole,
-        params=layout(state.params),
-        ema=layout(state.ema),
-        opt_state=layout(state.opt_state),
+        params=_shared(state.params, mesh),
+        ema=_shared(state.ema, mesh),
+        opt_state=_shared(state.opt_state, mesh),
         extra=whole,
     )
     return devices.place(state, shardings)
+
+
+def _shared(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each array of parameters."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, fsdp_spec(np.shape(leaf), mesh)), tree)
 
 
 def compile_step(
@@ -270,54 +328,57 @@ def compile_step(
 ) -> CompiledStep:
     """``train_step`` over the mesh: batch split over devices, the state donated.
 
-    The state comes back in the layout of ``state``. ``data`` is put whole on every device. "jit"
-    maps the gradients over the mesh and lets XLA split the update; "pmap" makes each device do all
-    of a step for its share, with the state whole on it. Both take the same batches and give the
-    same result.
+    The state comes back in the layout of ``state``. ``data`` is put whole on every device, and the
+    recipe's frozen networks are split as parameters are. "jit" maps the gradients over the mesh and
+    lets XLA split the update; "pmap" makes each device do all of a step for its share, with the
+    state whole on it. Both take the same batches and give the same result.
     """
-    resident = devices.place(data or {}, devices.whole(mesh))
-    return {"jit": _jit_step, "pmap": _pmap_step}[parallel](recipe, state, mesh, resident)
+    frozen = {name: network.params for name, network in recipe.frozen.items()}
+    held = Held(
+        devices.place(data or {}, devices.whole(mesh)),
+        devices.place(frozen, _shared(frozen, mesh)),
+    )
+    return {"jit": _jit_step, "pmap": _pmap_step}[parallel](recipe, state, mesh, held)
 
 
-def _jit_step(
-    recipe: Recipe, state: TrainState, mesh: Mesh, data: dict[str, Array]
-) -> CompiledStep:
+def _jit_step(recipe: Recipe, state: TrainState, mesh: Mesh, held: Held) -> CompiledStep:
     whole, shared = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
     # XLA's CPU backend makes a copy for a sum over one device alone.
     axes = tuple(axis for axis, size in mesh.shape.items() if size > 1)
 
-    def gradients_of(phase, accumulate, params, *rest):
-        layout = jax.tree.map(lambda leaf: fsdp_spec(leaf.shape, mesh), params)
+    def gradients_of(phase, accumulate, trained, read, *rest):
+        layouts = [
+            jax.tree.map(lambda leaf: fsdp_spec(leaf.shape, mesh), tree) for tree in (trained, read)
+        ]
         mapped = jax.shard_map(
             partial(
                 mean_gradients,
                 phase,
                 accumulate,
                 axes=axes,
-                layout=layout if "fsdp" in axes else None,
+                layout=layouts[0] | layouts[1] if "fsdp" in axes else None,
             ),
             mesh=mesh,
-            in_specs=(layout, whole, whole, shared, whole, whole),
-            out_specs=({name: layout[name] for name in phase.trains}, whole, whole),
+            in_specs=(*layouts, whole, whole, shared, whole, whole),
+            out_specs=(layouts[0], whole, whole),
             check_vma=False,
         )
-        return mapped(params, *rest)
+        return mapped(trained, read, *rest)
 
-    laid_out = jax.tree.map(lambda leaf: leaf.sharding, state)
-    everywhere, split = devices.whole(mesh), devices.split(mesh, axis=1)
+    laid_out, frozen = jax.tree.map(lambda leaf: leaf.sharding, (state, held.frozen))
+    everywhere: Any = devices.whole(mesh)
+    split = devices.split(mesh, axis=1)
     step = jax.jit(
         partial(train_steps, partial(train_step, recipe, gradients_of=gradients_of)),
-        in_shardings=(laid_out, everywhere, split, everywhere),
+        in_shardings=(laid_out, Held(everywhere, frozen), split, everywhere),
         out_shardings=(laid_out, everywhere),
         donate_argnums=0,
     )
-    return CompiledStep(step, lambda batches: devices.place_rows(batches, split), data)
+    return CompiledStep(step, lambda batches: devices.place_rows(batches, split), held)
 
 
-def _pmap_step(
-    recipe: Recipe, state: TrainState, mesh: Mesh, data: dict[str, Array]
-) -> CompiledStep:
+def _pmap_step(recipe: Recipe, state: TrainState, mesh: Mesh, held: Held) -> CompiledStep:
     gradients_of = partial(mean_gradients, axes=("data",))
     # The mesh's own name for the axis brings the state back in the mesh's own sharding, so that
     # whatever else is compiled over the mesh takes it unchanged.
@@ -333,4 +394,4 @@ def _pmap_step(
     def shares(batches):
         return jax.tree.map(lambda x: x.reshape(len(x), mesh.size, -1, *x.shape[2:]), batches)
 
-    return CompiledStep(step, shares, data)
+    return CompiledStep(step, shares, held)

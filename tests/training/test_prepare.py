@@ -13,7 +13,7 @@ import tiny
 from jax_ddpm.errors import UserError
 from jax_ddpm.keys import Stream, stream_key
 from jax_ddpm.runs.checkpoint import Checkpoints
-from jax_ddpm.training.initial import initial_parameters
+from jax_ddpm.training.prepare import initial_parameters
 
 SEED = jax.random.key(3)
 NOWHERE = pathlib.Path("a workdir without checkpoints")
@@ -21,7 +21,9 @@ NOWHERE = pathlib.Path("a workdir without checkpoints")
 
 def make(make_setting, donor="", spec=None, workdir=NOWHERE):
     setting = make_setting(spec, init_from=str(donor))
-    return initial_parameters(setting.config, setting.model.network, SEED, workdir)
+    networks = {"network": setting.model.network}
+    params, _ = initial_parameters(setting.config, networks, SEED, workdir)
+    return params["network"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,70 @@
+"""Frozen networks of other runs, and their part in a run's identity."""
+
+import json
+import pathlib
+import warnings
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jax_ddpm.errors import UserError
+from jax_ddpm.options import value_of
+from jax_ddpm.runs import checkpoint
+from jax_ddpm.runs.checkpoint import digest
+from jax_ddpm.runs.identity import load_identity
+from jax_ddpm.runs.served import served
+from jax_ddpm.runtime.files import replacing
+from jax_ddpm.tasks.recipe import Frozen, Recipe
+from jax_ddpm.tasks.table import make_model
+
+_NAME = "frozen.json"
+
+
+def read_frozen(
+    config: ConfigDict, field: str, *, workdir: pathlib.Path, accept_changes: bool = False
+) -> Frozen:
+    """The network that the run in ``config.<field>`` serves.
+
+    A run that goes on in ``workdir`` reads the checkpoint that it began with.
+
+    Raises:
+      UserError: naming the field, where there is no such run, or its parameters are not those that
+        the run in ``workdir`` began with. That only warns where changes are accepted.
+    """
+    donor = pathlib.Path(value_of(config, field))
+    before = _noted(workdir).get(field, {})
+    try:
+        frozen = _read(donor, None if accept_changes else before.get("checkpoint_step"))
+    except UserError as error:
+        raise UserError(str(error).replace("--workdir=", f"config.{field}=")) from error
+    if before and before["sha256"] != frozen.record["sha256"]:
+        changed = f"config.{field}={donor}: not the parameters that {workdir} began with"
+        if not accept_changes:
+            raise UserError(f"{changed}; bring them back, or go on with --accept_changes")
+        warnings.warn(f"{changed}; going on with these", stacklevel=2)
+    return frozen
+
+
+def save_frozen(workdir: pathlib.Path, recipe: Recipe) -> None:
+    """Notes which frozen networks a run began with in ``frozen.json``, if there are any."""
+    if recipe.frozen:
+        records = {name: network.record for name, network in recipe.frozen.items()}
+        with replacing(workdir / _NAME) as path:
+            path.write_text(json.dumps(records, indent=2) + "\n")
+
+
+def _noted(workdir: pathlib.Path) -> dict[str, Any]:
+    """The records of a run that has begun."""
+    if not checkpoint.steps(workdir) or not (workdir / _NAME).exists():
+        return {}
+    try:
+        return dict(json.loads((workdir / _NAME).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--workdir={workdir}: {_NAME} is damaged") from error
+
+
+def _read(donor: pathlib.Path, step: int | None) -> Frozen:
+    config, spec = load_identity(donor)
+    step, params = served(donor, config, step)
+    record = {"task": config.task, "checkpoint_step": step, "sha256": digest(params)}
+    return Frozen(params, make_model(config, spec), record)

@@ -92,7 +92,8 @@ def jpegs(source: Source) -> LazySource:
 
     files = [encode(image) for image in coarse]
     spec = source.spec._replace(split_sizes={"train": len(files), "heldout": len(files)})
-    return LazySource(lambda split, index: Encoded("jpeg", files[index], 0), spec, width)
+    beside = {"label": 0} if spec.num_classes else {}
+    return LazySource(lambda split, index: Encoded("jpeg", files[index], beside), spec, width)
 
 
 if __name__ == "__main__":

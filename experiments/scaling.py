@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jax_ddpm.data.source import Spec
+from jax_ddpm.data.source import image_spec
 from jax_ddpm.evaluation.record import save_record
 from jax_ddpm.factory import Model
 from jax_ddpm.models.remat import REMAT_POLICIES
@@ -118,7 +118,8 @@ def make_setting(
     config: ConfigDict = runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]()
     config.model.update(fields)
     config.model.update(dtype=dtype, remat=remat)
-    model = Model(config, Spec((size, size, 3), 256, 0, {"train": 50_000, "heldout": 1000}, name))
+    sizes = {"train": 50_000, "heldout": 1000}
+    model = Model(config, image_spec((size, size, 3), 256, 0, sizes, name))
     recipe = make_recipe(config, model)._replace(accumulate=accumulate)
     params = {name: each.init(jax.random.key(0)) for name, each in recipe.networks.items()}
     state = jax.eval_shape(partial(init_state, recipe), params)

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_ddpm.config import default
-from jax_ddpm.data.source import Spec
+from jax_ddpm.data.source import Spec, image_spec
 from jax_ddpm.factory import Model
 from jax_ddpm.models.network import Network
 
@@ -59,7 +59,7 @@ def config(**fields) -> ConfigDict:
 
 
 def spec(shape=(4, 4, 1), num_levels=17, num_classes=3) -> Spec:
-    return Spec(shape, num_levels, num_classes, {"train": 40, "heldout": 10}, "tiny")
+    return image_spec(shape, num_levels, num_classes, {"train": 40, "heldout": 10}, "tiny")
 
 
 def batch(spec: Spec, size: int = 8, seed: int = 0) -> dict[str, np.ndarray]:

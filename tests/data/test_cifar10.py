@@ -12,6 +12,7 @@ import pytest
 
 from jax_ddpm.data import cifar10 as module
 from jax_ddpm.data.cifar10 import cifar10
+from jax_ddpm.data.source import image_spec
 from jax_ddpm.errors import UserError
 
 PYTHON, BINARY = "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"
@@ -96,7 +97,8 @@ def archive(tmp_path, trust):
 def test_both_archives_hold_the_same_set(archive, name, by):
     path = archive(name)
     source = cifar10(str(path if by == "file" else path.parent))
-    assert source.spec == ((32, 32, 3), 256, 10, {"train": 15, "heldout": 3}, "cifar10")
+    sizes = {"train": 15, "heldout": 3}
+    assert source.spec == image_spec((32, 32, 3), 256, 10, sizes, "cifar10")
     train, heldout = source.batch("train", np.arange(15)), source.batch("heldout", np.arange(3))
     np.testing.assert_array_equal(train["image"], np.concatenate([IMAGES[p] for p in PARTS[:5]]))
     np.testing.assert_array_equal(train["label"], np.concatenate([LABELS[p] for p in PARTS[:5]]))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jax_ddpm.data.idx import idx
+from jax_ddpm.data.source import image_spec
 from jax_ddpm.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -40,7 +41,8 @@ def test_splits(folder, compressed):
     if compressed:
         compress(folder)
     source = idx(str(folder))
-    assert source.spec[:4] == ((5, 4, 1), 256, 6, {"train": 20, "heldout": 7})
+    sizes = {"train": 20, "heldout": 7}
+    assert source.spec == image_spec((5, 4, 1), 256, 6, sizes, source.spec.identity)
     for split, prefix in (("train", "train"), ("heldout", "t10k")):
         batch = source.batch(split, np.arange(source.spec.split_sizes[split]))
         np.testing.assert_array_equal(batch["image"][..., 0], IMAGES[prefix])

@@ -11,7 +11,7 @@ from PIL import Image
 from jax_ddpm.data.lazy import Encoded, KeptSource, LazySource
 from jax_ddpm.data.loader import Loader
 from jax_ddpm.data.plan import batch_indices
-from jax_ddpm.data.source import ArraySource
+from jax_ddpm.data.source import ArraySource, image_spec
 
 NUM_EXAMPLES, BATCH_SIZE, SEED = 50, 12, 3
 
@@ -100,14 +100,14 @@ def encoded(split, index):
     file = io.BytesIO()
     Image.new("RGB", (3, 3), (index, 0, 0)).save(file, "PNG")
     content = file.getvalue()
-    return Encoded(str(index), content[:50] if index in (7, 8) else content, index % 5)
+    return Encoded(str(index), content[:50] if index in (7, 8) else content, {"label": index % 5})
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged")
 @pytest.mark.parametrize("ahead", [0, 1, 4])
 @pytest.mark.parametrize("memory", [lambda source: source, KeptSource])
 def test_images_decoded_in_threads_and_stand_ins_are_the_same(memory, ahead):
-    spec = Recording().spec._replace(image_shape=(3, 3, 3), num_classes=5)
+    spec = image_spec((3, 3, 3), 256, 5, {"train": NUM_EXAMPLES}, "numbers")
     numbers = np.arange(NUM_EXAMPLES)
     numbers[[7, 8]] = 9
     with Loader(memory(LazySource(encoded, spec, 0)), SEED, BATCH_SIZE, 0, ahead=ahead) as loader:

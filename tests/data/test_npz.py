@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jax_ddpm.data.npz import npz
+from jax_ddpm.data.source import image_spec
 from jax_ddpm.errors import UserError
 
 
@@ -31,7 +32,8 @@ def everything(source, split, name="image"):
 def test_images(save, stored, inside):
     train, test = images(20, *stored), images(5, *stored, seed=1)
     source = npz(save(train_images=train, test_images=test))
-    assert source.spec[:3] == (inside, 256, 0)
+    sizes = {"train": 20, "heldout": 5}
+    assert source.spec == image_spec(inside, 256, 0, sizes, source.spec.identity)
     np.testing.assert_array_equal(everything(source, "train"), train.reshape(20, *inside))
     np.testing.assert_array_equal(everything(source, "heldout"), test.reshape(5, *inside))
 

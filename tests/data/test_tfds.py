@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
+from jax_ddpm.data.source import image_spec
 from jax_ddpm.data.tfds import tfds
 from jax_ddpm.errors import UserError
 
@@ -88,7 +89,8 @@ def test_images_and_labels_are_exact(prepare, name):
     """The order is TFDS's, shuffled once for all."""
     path = prepare()
     source = tfds(name, path, 0)
-    assert source.spec[:4] == (SHAPE, 256, 5, {"train": 20, "heldout": 7})
+    sizes = {"train": 20, "heldout": 7}
+    assert source.spec == image_spec(SHAPE, 256, 5, sizes, source.spec.identity)
     for split, stored in (("train", "train"), ("heldout", "test")):
         batch = everything(source, split)
         count = len(batch["image"])

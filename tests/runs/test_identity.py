@@ -9,7 +9,7 @@ import tiny
 
 from jax_ddpm.config import default
 from jax_ddpm.config.validation import validate
-from jax_ddpm.data.source import Spec
+from jax_ddpm.data.source import Field, image_spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.runs.identity import differences, load_identity, require_same_run, save_identity
 
@@ -74,12 +74,21 @@ def changed(field):
     return config_with(**{field: another(field)})
 
 
-OTHER_SPEC = {
-    "image_shape": (4, 8, 1),
-    "num_levels": 256,
-    "num_classes": 0,
-    "split_sizes": {"train": 41, "heldout": 10},
-    "identity": "other",
+FLAT_SPEC = {
+    "image_shape": (4, 4, 1),
+    "num_levels": 17,
+    "num_classes": 3,
+    "split_sizes": {"train": 40, "heldout": 10},
+    "identity": "tiny",
+}
+
+# A field of the spec, other data, and what is told of both.
+OTHER_DATA = {
+    "image_shape": ((4, 8, 1), "image", "4×4×1 of 17 values", "4×8×1 of 17 values"),
+    "num_levels": (256, "image", "4×4×1 of 17 values", "4×4×1 of 256 values"),
+    "num_classes": (0, "label", "one of 3 values", None),
+    "split_sizes": ({"train": 41}, "split_sizes", {"train": 40, "heldout": 10}, {"train": 41}),
+    "identity": ("other", "identity", "tiny", "other"),
 }
 
 
@@ -93,6 +102,24 @@ class TestKeeping:
         assert stored_spec == spec
         assert isinstance(stored_config.model.channel_multipliers, tuple)
         assert isinstance(stored_spec.image_shape, tuple)
+
+    def test_any_array_of_the_data_comes_back_equal(self, tmp_path):
+        spec = tiny.spec()
+        fields = {
+            "label": Field((), "int32", 3, ("cat", "dog", "Käuzchen")),
+            "tokens": Field((5,), "int32", 100),
+            "size": Field((2,), "float32"),
+        }
+        spec = spec._replace(fields=spec.fields | fields)
+        save_identity(tmp_path, tiny.config(), spec)
+        assert load_identity(tmp_path)[1] == spec
+
+    @pytest.mark.parametrize("num_classes", [0, 3])
+    def test_data_noted_before_it_had_fields_is_read(self, tmp_path, num_classes):
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        stored = json.dumps(FLAT_SPEC | {"num_classes": num_classes})
+        (tmp_path / "data.json").write_text(stored)
+        assert load_identity(tmp_path)[1] == tiny.spec(num_classes=num_classes)
 
     @pytest.mark.parametrize("field", FIELDS)
     def test_every_field_is_kept(self, tmp_path, field):
@@ -159,8 +186,10 @@ class TestMistakes:
         ("config.json", '{"model": []}'),
         ("data.json", '{"unknown": 1}'),
         ("data.json", "{}"),
-        ("data.json", json.dumps(tiny.spec()._asdict() | {"image_shape": [4, 4]})),
-        ("data.json", json.dumps(tiny.spec()._asdict() | {"image_shape": 4})),
+        ("data.json", json.dumps(FLAT_SPEC | {"image_shape": [4, 4]})),
+        ("data.json", json.dumps(FLAT_SPEC | {"image_shape": 4})),
+        ("data.json", '{"fields": {}, "split_sizes": {}, "identity": ""}'),
+        ("data.json", '{"fields": {"image": [4, 4, 1]}, "split_sizes": {}, "identity": ""}'),
     )
 
     @pytest.mark.parametrize(("file", "text"), DAMAGE)
@@ -214,12 +243,24 @@ class TestDifferences:
         }
         assert differences(constant, short).keys() == differences(short, constant).keys()
 
-    @pytest.mark.parametrize("field", Spec._fields)
+    @pytest.mark.parametrize("field", OTHER_DATA)
     def test_other_data_is_told(self, field):
+        value, *told = OTHER_DATA[field]
+        other = image_spec(**FLAT_SPEC | {field: value})
+        (difference,) = differences((default(), tiny.spec()), (default(), other)).items()
+        assert difference == (f"data set.{told[0]}", (told[1], told[2]))
+
+    def test_another_array_beside_the_images_is_told(self):
+        spec, tokens = tiny.spec(), Field((5,), "int32", 100)
+        other = spec._replace(fields=spec.fields | {"tokens": tokens})
+        told = differences((default(), spec), (default(), other))
+        assert told == {"data set.tokens": (None, "5 of 100 values")}
+
+    def test_names_and_the_kind_of_number_may_change(self):
         spec = tiny.spec()
-        other = spec._replace(**{field: OTHER_SPEC[field]})
-        (told,) = differences((default(), spec), (default(), other)).items()
-        assert told == (f"data set.{field}", (getattr(spec, field), OTHER_SPEC[field]))
+        label = Field((), "int64", 3, ("cat", "dog", "owl"))
+        named = spec._replace(fields=spec.fields | {"label": label})
+        assert differences((default(), spec), (default(), named)) == {}
 
     def test_a_field_of_another_version_is_told(self):
         config = default()
@@ -267,7 +308,7 @@ class TestRequireSameRun:
         assert "\n" not in message
         assert "training.learning_rate 0.0002 → 0.5" in message
         assert "model.dropout 0.1 → 0.25" in message
-        assert "num_classes 3 → 7" in message
+        assert "data set.label 'one of 3 values' → 'one of 7 values'" in message
         assert "--accept_changes" in message
 
     def test_goes_on_regardless_where_told_to(self, workdir):

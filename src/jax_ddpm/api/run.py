@@ -428,7 +428,7 @@ def _source(config: Config | None, workdir: Path | None, data_path: Path | None)
         settings.data.path = os.fspath(data_path)
     validate(settings, num_devices=1)
     source = make_source(settings)
-    if spec not in (None, source.spec):
+    if spec and spec.meaning() != source.spec.meaning():
         raise UserError(
             f"the run was trained on {spec.identity}, but its data is {source.spec.identity} now; "
             "give the place of the former by --data_path"

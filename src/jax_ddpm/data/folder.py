@@ -7,7 +7,7 @@ import warnings
 from jax_ddpm.data.decode import FileInfo
 from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small, too_many
-from jax_ddpm.data.source import ImageSize, Path, Source, Spec, random_split
+from jax_ddpm.data.source import ImageSize, Path, Source, image_spec, random_split
 from jax_ddpm.errors import UserError
 
 # Validation comes before test: test images wait for the end, and may lack labels, as ImageNet's.
@@ -46,7 +46,7 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
                 f"{path}: too few images for a {split} split; add more ({' '.join(SUFFIXES)})"
             )
     size = one_size(root, infos, "set data.image_size to bring all to one size")
-    spec = Spec(
+    spec = image_spec(
         image_shape=(*size, 3),
         num_levels=256,
         num_classes=len(set(labels.values())),
@@ -62,7 +62,7 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
             raise UserError(
                 f"{root / file}: cannot be read ({error.strerror}); restore it"
             ) from error
-        return Encoded(str(root / file), content, labels.get(file, 0))
+        return Encoded(str(root / file), content, {"label": labels[file]} if labels else {})
 
     return keep_if_small(LazySource(read, spec, image_size))
 

@@ -1,11 +1,10 @@
 """Sources whose images are decoded on request."""
 
-import math
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -19,18 +18,24 @@ _READ_AT_ONCE = 256  # images at a time of a whole split, so that few lie in mem
 
 
 class Encoded(NamedTuple):
-    """An image as stored: its name in messages, the file's content, and its class."""
+    """An image as stored.
+
+    Attributes:
+      name: that in messages.
+      content: the bytes of the file.
+      beside: what else the example has, such as its ``label``.
+    """
 
     name: str
     content: bytes
-    label: int
+    beside: Mapping[str, Any]
 
 
 class LazySource:
     """Reads and decodes the images of a batch in threads.
 
-    A damaged image is replaced by the next readable one of its split, with that one's label, so the
-    image of an index depends only on the data, not on earlier requests.
+    A damaged image is replaced by the next readable one of its split, with all that is beside that
+    one, so the image of an index depends only on the data, not on earlier requests.
 
     Args:
       read: (split, index) → the stored image.
@@ -48,21 +53,19 @@ class LazySource:
         self._pool = ThreadPoolExecutor()
 
     def batch(self, split: str, indices: Int[np.ndarray, " n"]) -> Batch:
-        images, labels = zip(
-            *self._pool.map(lambda index: self._example(split, index), indices.tolist()),
-            strict=True,
-        )
-        batch = {"image": np.stack(images)}
-        if self.spec.num_classes:
-            batch["label"] = np.array(labels, np.int32)
-        return batch
+        examples = list(self._pool.map(lambda index: self._example(split, index), indices.tolist()))
+        return {
+            name: np.array([example[name] for example in examples], field.dtype)
+            for name, field in self.spec.fields.items()
+        }
 
-    def _example(self, split: str, index: int) -> tuple[np.ndarray, int]:
+    def _example(self, split: str, index: int) -> dict[str, Any]:
         size = self.spec.split_sizes[split]
         for candidate in range(index, index + size):
-            name, content, label = self._read(split, candidate % size)
+            name, content, beside = self._read(split, candidate % size)
             try:
-                return decode(content, self._image_size, self.spec.image_shape[-1]), label
+                image = decode(content, self._image_size, self.spec.image_shape[-1])
+                return {"image": image, **beside}
             except UnreadableError as error:
                 with self._reporting:
                     self._report(name, error)
@@ -95,9 +98,10 @@ class KeptSource:
         self._known: dict[str, np.ndarray] = {}
         for split, size in self.spec.split_sizes.items():
             # The operating system gives pages memory only when they are written.
-            self._kept[split] = {"image": np.empty((size, *self.spec.image_shape), np.uint8)}
-            if self.spec.num_classes:
-                self._kept[split]["label"] = np.empty(size, np.int32)
+            self._kept[split] = {
+                name: np.empty((size, *field.shape), field.dtype)
+                for name, field in self.spec.fields.items()
+            }
             self._known[split] = np.zeros(size, bool)
 
     def batch(self, split: str, indices: Int[np.ndarray, " n"]) -> Batch:
@@ -122,7 +126,7 @@ class KeptSource:
 
 def keep_if_small(source: Source) -> Source:
     """The source, which keeps its images if the whole set takes at most ``KEPT_BYTES``."""
-    num_bytes = sum(source.spec.split_sizes.values()) * math.prod(source.spec.image_shape)
+    num_bytes = sum(source.spec.split_sizes.values()) * source.spec.example_bytes
     return KeptSource(source) if num_bytes <= KEPT_BYTES else source
 
 

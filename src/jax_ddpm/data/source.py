@@ -1,9 +1,11 @@
 """The source contract: indices → batch of arrays, and a spec."""
 
-from typing import Annotated, NamedTuple, Protocol, runtime_checkable
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import Option, not_negative
@@ -25,18 +27,80 @@ ImageSize = Annotated[
 ]
 
 
-class Spec(NamedTuple):
-    """What a source holds.
+class Field(NamedTuple):
+    """One array of a batch, as a single example has it.
 
-    ``num_levels`` is the number of values of a pixel (256 for images; it sets the likelihood's
-    unit), ``num_classes`` is 0 without labels, ``identity`` names data and split in records.
+    Attributes:
+      shape: without the axis of examples.
+      dtype: NumPy's name of it, such as "uint8".
+      num_values: values are 0, …, num_values-1, such as levels, classes or tokens; 0: any values.
+      names: what the values are called, if they have names.
     """
 
-    image_shape: tuple[int, int, int]
-    num_levels: int
-    num_classes: int
+    shape: tuple[int, ...]
+    dtype: str
+    num_values: int = 0
+    names: tuple[str, ...] = ()
+
+
+class Spec(NamedTuple):
+    """What a source holds: ``image``, ``label`` where there are classes, and any other arrays.
+
+    ``identity`` names data and split in records.
+    """
+
+    fields: dict[str, Field]
     split_sizes: dict[str, int]
     identity: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        height, width, channels = self.fields["image"].shape
+        return height, width, channels
+
+    @property
+    def num_levels(self) -> int:
+        """The number of values of a pixel: 256 for most images. It sets the likelihood's unit."""
+        return self.fields["image"].num_values
+
+    @property
+    def num_classes(self) -> int:
+        """0 without labels."""
+        return self.fields["label"].num_values if "label" in self.fields else 0
+
+    @property
+    def example_bytes(self) -> int:
+        """The memory that an example takes."""
+        fields = self.fields.values()
+        return sum(math.prod(field.shape) * np.dtype(field.dtype).itemsize for field in fields)
+
+    def meaning(self) -> dict[str, Any]:
+        """What must agree for two sources to hold the same data, as JSON.
+
+        Names are left out: data stays the same under other ones.
+        """
+
+        def values(field: Field) -> str:
+            shape = "×".join(map(str, field.shape)) or "one"
+            return f"{shape} of {field.num_values or 'any'} values"
+
+        fields = {name: values(field) for name, field in self.fields.items()}
+        return {**fields, "split_sizes": self.split_sizes, "identity": self.identity}
+
+
+def image_spec(
+    image_shape: Iterable[int],
+    num_levels: int,
+    num_classes: int,
+    split_sizes: dict[str, int],
+    identity: str,
+) -> Spec:
+    """The spec of uint8 images and, unless ``num_classes`` is 0, of int32 labels."""
+    fields = {"image": Field(tuple(image_shape), "uint8", num_levels)}
+    if num_classes:
+        fields["label"] = Field((), "int32", num_classes)
+    return Spec(fields, split_sizes, identity)
 
 
 @runtime_checkable
@@ -46,7 +110,10 @@ class Source(Protocol):
     spec: Spec
 
     def batch(self, split: str, indices: Int[np.ndarray, " n"]) -> Batch:
-        """``image`` uint8 ``[n, h, w, c]`` in 0…num_levels-1 and, with classes, ``label`` int32."""
+        """The arrays of ``spec.fields``, each ``[n, *shape]``.
+
+        ``image`` is uint8 ``[n, h, w, c]`` in 0…num_levels-1; ``label``, with classes, is int32.
+        """
         ...
 
 
@@ -60,18 +127,22 @@ class InMemory(Source, Protocol):
 
 
 class ArraySource:
-    """A data set that fits in memory."""
+    """A data set that fits in memory, with any arrays beside ``image``.
+
+    Classes are the numbers from 0 up to the greatest ``label``.
+    """
 
     def __init__(self, splits: dict[str, Batch], num_levels: int, identity: str):
-        images: UInt8[np.ndarray, "n h w c"] = splits["train"]["image"]
         labels = [split["label"] for split in splits.values() if "label" in split]
+        num_classes = 1 + max((int(split.max()) for split in labels), default=-1)
+        num_values = {"image": num_levels, "label": num_classes}
+        fields = {
+            name: Field(array.shape[1:], array.dtype.name, num_values.get(name, 0))
+            for name, array in splits["train"].items()
+        }
         self._splits = splits
         self.spec = Spec(
-            image_shape=images.shape[1:],
-            num_levels=num_levels,
-            num_classes=1 + max((int(split.max()) for split in labels), default=-1),
-            split_sizes={name: len(split["image"]) for name, split in splits.items()},
-            identity=identity,
+            fields, {name: len(split["image"]) for name, split in splits.items()}, identity
         )
 
     def arrays(self, split: str) -> Batch:

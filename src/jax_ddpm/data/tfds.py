@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small
-from jax_ddpm.data.source import ImageSize, Name, Path, Source, Spec, random_split
+from jax_ddpm.data.source import ImageSize, Name, Path, Source, image_spec, random_split
 from jax_ddpm.errors import UserError
 
 _HELDOUT = ("validation", "test")  # in this order: ImageNet's test images have no labels
@@ -42,7 +42,7 @@ def tfds(
     records = {split: _records(name, builder, stored[split]) for split in rows}
     split_sizes = {split: len(chosen) for split, chosen in rows.items()}
     parts = "/".join(f"{stored[split]}-{size}" for split, size in split_sizes.items())
-    spec = Spec(
+    spec = image_spec(
         image_shape=shape,
         num_levels=256,
         num_classes=num_classes,
@@ -53,11 +53,11 @@ def tfds(
     def read(split: str, index: int) -> Encoded:
         row = int(rows[split][index])
         record = records[split][row]
-        label = int(record["label"]) if num_classes else 0
-        if label < 0:
+        beside = {"label": int(record["label"])} if num_classes else {}
+        if beside and beside["label"] < 0:
             raise UserError(f"data.name: {name!r} lacks labels in its split {stored[split]!r}")
         title = f"{info.full_name}, {stored[split]} example {row}"
-        return Encoded(title, record["image"], label)
+        return Encoded(title, record["image"], beside)
 
     return keep_if_small(LazySource(read, spec, image_size))
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.config.defaults import restored
 from jax_ddpm.config.fields import fields
-from jax_ddpm.data.source import Spec
+from jax_ddpm.data.source import Field, Spec, image_spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runtime.files import replacing
@@ -47,7 +47,7 @@ def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None
     with replacing(workdir / "config.json") as path:
         path.write_text(config.to_json(indent=2) + "\n")
     with replacing(workdir / "data.json") as path:
-        path.write_text(json.dumps(spec._asdict(), indent=2) + "\n")
+        path.write_text(json.dumps(_to_json(spec), indent=2) + "\n")
 
 
 def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
@@ -59,8 +59,7 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
     try:
         stored = json.loads((workdir / "config.json").read_text())
         config = restored(stored, f"--workdir={workdir}: config.json")
-        spec = Spec(**json.loads((workdir / "data.json").read_text()))
-        height, width, channels = spec.image_shape
+        spec = _from_json(json.loads((workdir / "data.json").read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
         known = checkpoint.steps(workdir)
         reason = f"{error.filename} is missing" if known else "no run there; train into it first"
@@ -69,7 +68,26 @@ def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
         raise UserError(
             f"--workdir={workdir}: config.json or data.json is damaged, or from another version"
         ) from error
-    return config, spec._replace(image_shape=(height, width, channels))
+    return config, spec
+
+
+def _to_json(spec: Spec) -> dict[str, Any]:
+    fields = {name: field._asdict() for name, field in spec.fields.items()}
+    return spec._asdict() | {"fields": fields}
+
+
+def _from_json(stored: dict[str, Any]) -> Spec:
+    if "fields" not in stored:  # from before a source could hold more than images and labels
+        spec = image_spec(**stored)
+    else:
+        fields = {
+            name: Field(**field | {"shape": tuple(field["shape"]), "names": tuple(field["names"])})
+            for name, field in stored["fields"].items()
+        }
+        spec = Spec(**stored | {"fields": fields})
+    if len(spec.fields["image"].shape) != 3:
+        raise ValueError("no images")
+    return spec
 
 
 def differences(
@@ -86,7 +104,7 @@ def differences(
     if "cosine" in (old[0].training.decay, new[0].training.decay):
         free.remove("training.num_steps")
     before, after = (
-        _flat(config.to_dict() | {"data set": spec._asdict()}) for config, spec in (old, new)
+        _flat(config.to_dict() | {"data set": spec.meaning()}) for config, spec in (old, new)
     )
     return {
         field: (before.get(field), after.get(field))

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +35,7 @@ class Feed:
         rows = own_rows(split(mesh), batch_size)
         self._closing = contextlib.ExitStack()
         count = source.spec.split_sizes["train"]
-        fits = count * math.prod(source.spec.image_shape) <= 1e9 * config.data.resident_gigabytes
+        fits = count * source.spec.example_bytes <= 1e9 * config.data.resident_gigabytes
         self.data: Batch = source.arrays("train") if fits and isinstance(source, InMemory) else {}
         self._batches: Iterator[Batch]
         if self.data:

@@ -1,0 +1,36 @@
+"""What a source holds, as its spec says it."""
+
+import numpy as np
+
+from jax_ddpm.data.source import ArraySource, Field, hold_out, image_spec
+
+
+def test_the_spec_of_an_array_source_says_what_its_batches_hold():
+    rng = np.random.default_rng(0)
+    arrays = {
+        "image": rng.integers(0, 4, (10, 3, 2, 1), dtype=np.uint8),
+        "label": (np.arange(10) % 3).astype(np.int32),
+        "tokens": rng.integers(0, 50, (10, 5), dtype=np.int32),
+        "mask": rng.random((10, 5)) < 0.5,
+        "size": rng.random((10, 2), np.float32),
+    }
+    source = ArraySource(hold_out(arrays, 0.3), num_levels=4, identity="arrays")
+    batch = source.batch("train", np.array([4, 0]))
+    assert batch.keys() == source.spec.fields.keys()
+    for name, field in source.spec.fields.items():
+        assert (batch[name].shape, batch[name].dtype) == ((2, *field.shape), field.dtype)
+    assert source.spec.fields["image"].num_values == source.spec.num_levels == 4
+    assert source.spec.fields["label"].num_values == source.spec.num_classes == 3
+    assert source.spec.split_sizes == {"train": 7, "heldout": 3}
+    assert source.spec.example_bytes * 2 == sum(array.nbytes for array in batch.values())
+
+
+def test_image_spec_is_that_of_an_array_source():
+    splits = {"train": {"image": np.zeros((5, 4, 6, 3), np.uint8)}}
+    plain = image_spec((4, 6, 3), 256, 0, {"train": 5}, "black")
+    assert ArraySource(splits, 256, "black").spec == plain
+    assert (plain.image_shape, plain.num_levels, plain.num_classes) == ((4, 6, 3), 256, 0)
+    splits["train"]["label"] = np.array([1, 0, 0, 1, 1], np.int32)
+    labelled = image_spec((4, 6, 3), 256, 2, {"train": 5}, "black")
+    assert ArraySource(splits, 256, "black").spec == labelled
+    assert labelled.fields["label"] == Field((), "int32", 2)

@@ -19,6 +19,10 @@ def get_config() -> ConfigDict:
     config.data.source = "idx"
     config.data.path = "data/fashion_mnist"
     config.data.flip = True
+    config.data.class_names = (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+        "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    )  # fmt: skip
 
     config.model.class_conditional = True
     config.model.base_channels = 16

@@ -46,7 +46,8 @@ from jax_ddpm.options import OneOf, Table, naming, require, taken
 def make_source(config: ConfigDict) -> Source:
     """The data set of a config."""
     row = SOURCES[config.data.source]
-    return row(**taken(row, config.data))
+    with naming("data"):
+        return row(**taken(row, config.data))
 
 
 def make_process(config: ConfigDict) -> Process:

@@ -244,6 +244,15 @@ NOT_TOGETHER = {
         {"data.source": "npz", "data.path": "some.npz", "data.image_size": 32},
         "config.data.image_size",
     ),
+    "names_of_the_digits": ({"data.class_names": ("nought",)}, "config.data.class_names"),
+    "two_classes_of_one_name": (
+        {"data.source": "npz", "data.path": "some.npz", "data.class_names": ("cat", "cat")},
+        "config.data.class_names",
+    ),
+    "numbers_for_names": (
+        {"data.source": "npz", "data.path": "some.npz", "data.class_names": (1, 2)},
+        "config.data.class_names",
+    ),
     "shift_backwards": ({"task": "classification", "data.shift": -1}, "config.data.shift"),
     "classifier_that_is_told": (
         {"task": "classification", "model.class_conditional": True},
@@ -285,6 +294,14 @@ def test_what_the_data_does_not_allow_is_one_line_naming_the_field(field, value,
     fields = {"model__attention_resolutions": (), field.replace(".", "__"): value}
     message = the_error(validate_for_data, shape, 0, **fields)
     assert f"config.{field}" in message
+
+
+def test_names_for_some_of_the_classes_are_one_line(tmp_path):
+    path, names = str(tmp_path / "some.npz"), ("cat", "dog")
+    np.savez(path, train_images=np.zeros((20, 2, 2), np.uint8), train_labels=np.arange(20) % 3)
+    fields = {"data__source": "npz", "data__path": path, "data__class_names": names}
+    message = the_error(factory.make_source, **fields)
+    assert message.startswith("config.data.class_names is ('cat', 'dog'); it must be one name for")
 
 
 @pytest.mark.parametrize("source", sorted(factory.SOURCES))

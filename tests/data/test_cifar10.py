@@ -21,6 +21,10 @@ RNG = np.random.default_rng(0)
 IMAGES = {name: RNG.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8) for name in PARTS}
 LABELS = {name: RNG.permutation(10)[:3] for name in PARTS}
 LABELS["data_batch_4"][0] = 9
+# Of batches.meta in the archive.
+CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+)  # fmt: skip
 
 
 def rows(name):
@@ -98,7 +102,7 @@ def test_both_archives_hold_the_same_set(archive, name, by):
     path = archive(name)
     source = cifar10(str(path if by == "file" else path.parent))
     sizes = {"train": 15, "heldout": 3}
-    assert source.spec == image_spec((32, 32, 3), 256, 10, sizes, "cifar10")
+    assert source.spec == image_spec((32, 32, 3), 256, 10, sizes, "cifar10", CLASSES)
     train, heldout = source.batch("train", np.arange(15)), source.batch("heldout", np.arange(3))
     np.testing.assert_array_equal(train["image"], np.concatenate([IMAGES[p] for p in PARTS[:5]]))
     np.testing.assert_array_equal(train["label"], np.concatenate([LABELS[p] for p in PARTS[:5]]))

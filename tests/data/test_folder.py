@@ -90,7 +90,7 @@ def test_validation_images_are_preferred_to_test_images(split):
 
 def test_folders_at_the_first_level_are_the_classes(split):
     source = folder(str(split), 0)
-    assert source.spec.num_classes == 3
+    assert (source.spec.num_classes, source.spec.class_names) == (3, ("a", "b", "c"))
     for name, first in (("train", 0), ("heldout", 20)):
         labels = everything(source, name, "label")
         assert labels.dtype == np.int32
@@ -103,7 +103,7 @@ def test_classes_without_split_folders(tmp_path):
     for number in range(20):
         save(tmp_path / f"class-{number:02d}" / "x.png", number)
     source = folder(str(tmp_path), 0)
-    assert source.spec.num_classes == 20
+    assert source.spec.class_names == tuple(f"class-{number:02d}" for number in range(20))
     for name in ("train", "heldout"):
         assert everything(source, name, "label").tolist() == numbers(source, name)
 

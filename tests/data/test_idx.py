@@ -50,6 +50,13 @@ def test_splits(folder, compressed):
         assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.int32)
 
 
+def test_classes_are_called_by_the_names_given(folder):
+    names = ("ant", "bee", "cat", "dog", "eel", "fox")
+    assert idx(str(folder), names).spec.class_names == names
+    assert idx(str(folder)).spec.class_names == tuple("012345")
+    assert idx(str(folder), names).spec.meaning() == idx(str(folder)).spec.meaning()
+
+
 def test_identity_follows_the_content_not_the_files(folder):
     plain = idx(str(folder)).spec.identity
     compress(folder)

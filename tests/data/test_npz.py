@@ -41,7 +41,7 @@ def test_images(save, stored, inside):
 def test_labels(save):
     labels = {"train_labels": np.array([0, 4, 2]), "test_labels": np.array([1], np.uint8)}
     source = npz(save(train_images=images(3, 4, 4), test_images=images(1, 4, 4), **labels))
-    assert source.spec.num_classes == 5
+    assert (source.spec.num_classes, source.spec.class_names) == (5, tuple("01234"))
     np.testing.assert_array_equal(everything(source, "train", "label"), [0, 4, 2])
     np.testing.assert_array_equal(everything(source, "heldout", "label"), [1])
     assert everything(source, "heldout", "label").dtype == np.int32

@@ -1,8 +1,10 @@
 """What a source holds, as its spec says it."""
 
 import numpy as np
+import pytest
 
 from jax_ddpm.data.source import ArraySource, Field, hold_out, image_spec
+from jax_ddpm.options import Unfit
 
 
 def test_the_spec_of_an_array_source_says_what_its_batches_hold():
@@ -34,3 +36,21 @@ def test_image_spec_is_that_of_an_array_source():
     labelled = image_spec((4, 6, 3), 256, 2, {"train": 5}, "black")
     assert ArraySource(splits, 256, "black").spec == labelled
     assert labelled.fields["label"] == Field((), "int32", 2)
+
+
+def test_classes_are_called_by_their_names_or_else_by_their_numbers():
+    splits = {"train": {"image": np.zeros((3, 2, 2, 1), np.uint8)}}
+    assert ArraySource(splits, 256, "black").spec.class_names == ()
+    splits["train"]["label"] = np.array([2, 0, 1], np.int32)
+    assert ArraySource(splits, 256, "black").spec.class_names == ("0", "1", "2")
+    names = ("coal", "ink", "night")
+    spec = ArraySource(splits, 256, "black", names).spec
+    assert spec.class_names == names
+    assert spec == image_spec((2, 2, 1), 256, 3, {"train": 3}, "black", names)
+
+
+@pytest.mark.parametrize("names", [("coal",), ("coal", "ink", "night", "soot")])
+def test_there_is_a_name_for_each_class(names):
+    splits = {"train": {"image": np.zeros((3, 2, 2, 1), np.uint8), "label": np.arange(3)}}
+    with pytest.raises(Unfit, match=r"class_names is .* one name for each of 3 classes"):
+        ArraySource(splits, 256, "black", names)

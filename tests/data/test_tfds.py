@@ -90,7 +90,8 @@ def test_images_and_labels_are_exact(prepare, name):
     path = prepare()
     source = tfds(name, path, 0)
     sizes = {"train": 20, "heldout": 7}
-    assert source.spec == image_spec(SHAPE, 256, 5, sizes, source.spec.identity)
+    names = ("0", "1", "2", "3", "4")
+    assert source.spec == image_spec(SHAPE, 256, 5, sizes, source.spec.identity, names)
     for split, stored in (("train", "train"), ("heldout", "test")):
         batch = everything(source, split)
         count = len(batch["image"])
@@ -143,6 +144,11 @@ def test_a_label_that_is_no_class_is_left_out(prepare):
     source = tfds(NAME, prepare(label=features.Scalar(np.int64)), 0)
     assert source.spec.num_classes == 0
     assert everything(source, "train").keys() == {"image"}
+
+
+def test_classes_have_the_names_of_the_set(prepare):
+    path = prepare(label=features.ClassLabel(names=["cat", "dog", "owl", "fox", "bee"]))
+    assert tfds(NAME, path, 0).spec.class_names == ("cat", "dog", "owl", "fox", "bee")
 
 
 def test_identity_names_version_splits_and_size(prepare, tmp_path):

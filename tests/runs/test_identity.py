@@ -31,6 +31,7 @@ FREE = {
     "fsdp",
     "deterministic",
     "data.path",
+    "data.class_names",
     "data.resident_gigabytes",
     "model.remat",
     "training.num_steps",  # while the learning rate does not decay towards it

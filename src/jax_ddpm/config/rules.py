@@ -1,6 +1,7 @@
 """Rules between fields of different sections."""
 
 import math
+import operator
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -75,15 +76,16 @@ def check_optimiser(config: ConfigDict) -> None:
         require(config, f"training.{option}", (usual,).__contains__, must_be)
 
 
-def check_images(config: ConfigDict) -> None:
-    """Checks that the source can resize images, where a size is asked for."""
+def check_source(config: ConfigDict) -> None:
+    """Refuses what the source cannot do: resize images, call classes by names of the user's."""
     source = config.data.source
-    require(
-        config,
-        "data.image_size",
-        lambda value: value == 0 or "image_size" in options.of(SOURCES[source]),
-        f"0: data.source={source} takes images as they are",
-    )
+    unable = {
+        "image_size": "0: data.source={} takes images as they are",
+        "class_names": "left out: data.source={} has names of its own, or no classes",
+    }
+    for name, must_be in unable.items():
+        if name not in options.of(SOURCES[source]):
+            require(config, f"data.{name}", operator.not_, must_be.format(source))
 
 
 def check_process(config: ConfigDict) -> None:

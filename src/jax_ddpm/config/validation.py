@@ -72,4 +72,4 @@ def _check_source(config: ConfigDict) -> None:
                 bool,
                 f"given for data.source={source}: {option.meaning[0].lower()}{option.meaning[1:]}",
             )
-    rules.check_images(config)
+    rules.check_source(config)

@@ -13,6 +13,9 @@ from jax_ddpm.data.source import ArraySource, Batch, Path
 from jax_ddpm.errors import UserError
 
 _NAMES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+)  # fmt: skip
 _HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
@@ -48,7 +51,7 @@ def cifar10(path: Path) -> ArraySource:
         "train": {name: np.concatenate([part[name] for part in train]) for name in train[0]},
         "heldout": read(members, "test_batch"),
     }
-    return ArraySource(splits, num_levels=256, identity="cifar10")
+    return ArraySource(splits, num_levels=256, identity="cifar10", class_names=_CLASSES)
 
 
 def _md5():

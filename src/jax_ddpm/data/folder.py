@@ -31,12 +31,12 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
     heldout = next((name for name in _HELDOUT if (root / name).is_dir()), None)
     if heldout and (root / "train").is_dir():
         splits = {"train": list_images(root, "train"), "heldout": list_images(root, heldout)}
-        labels = _labels(splits["train"], splits["heldout"], root, level=1)
+        names, labels = _classes(splits["train"], splits["heldout"], root, level=1)
     else:
         files = list_images(root)
         chosen = random_split(len(files), heldout_fraction)
         splits = {split: [files[i] for i in indices] for split, indices in chosen.items()}
-        labels = _labels(files, [], root, level=0)
+        names, labels = _classes(files, [], root, level=0)
 
     infos = _openable(root, [file for files in splits.values() for file in files], image_size)
     splits = {split: [file for file in files if file in infos] for split, files in splits.items()}
@@ -49,9 +49,10 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
     spec = image_spec(
         image_shape=(*size, 3),
         num_levels=256,
-        num_classes=len(set(labels.values())),
+        num_classes=len(names),
         split_sizes={split: len(files) for split, files in splits.items()},
         identity=_identity(infos, image_size),
+        class_names=names,
     )
 
     def read(split: str, index: int) -> Encoded:
@@ -67,16 +68,18 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
     return keep_if_small(LazySource(read, spec, image_size))
 
 
-def _labels(train: list[str], heldout: list[str], root: pathlib.Path, level: int) -> dict[str, int]:
-    """The class of each file, or nothing if the folders at ``level`` do not tell classes."""
+def _classes(
+    train: list[str], heldout: list[str], root: pathlib.Path, level: int
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The classes' names and each file's class; nothing if folders at ``level`` do not tell."""
 
     def name(file: str) -> str:
         folders = file.split("/")[:-1]
         return folders[level] if len(folders) > level else ""
 
-    names = sorted({name(file) for file in train})
+    names = tuple(sorted({name(file) for file in train}))
     if len(names) < 2 or "" in names:
-        return {}
+        return (), {}
     number = {name: i for i, name in enumerate(names)}
     for file in heldout:
         if name(file) not in number:
@@ -84,7 +87,7 @@ def _labels(train: list[str], heldout: list[str], root: pathlib.Path, level: int
                 f"{root / file}: in none of the class folders of the training images; move it "
                 "into one of them, or remove it"
             )
-    return {file: number[name(file)] for file in [*train, *heldout]}
+    return names, {file: number[name(file)] for file in [*train, *heldout]}
 
 
 def _openable(root: pathlib.Path, files: list[str], image_size: int) -> dict[str, FileInfo]:

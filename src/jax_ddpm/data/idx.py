@@ -8,13 +8,13 @@ import zlib
 
 import numpy as np
 
-from jax_ddpm.data.source import ArraySource, Batch, Path, check_pair
+from jax_ddpm.data.source import ArraySource, Batch, ClassNames, Path, check_pair
 from jax_ddpm.errors import UserError
 
 _PREFIXES = {"train": "train", "heldout": "t10k"}
 
 
-def idx(path: Path) -> ArraySource:
+def idx(path: Path, class_names: ClassNames = ()) -> ArraySource:
     """Gray images and labels from the folder that holds MNIST's four files, plain or ``.gz``.
 
     Raises:
@@ -28,7 +28,8 @@ def idx(path: Path) -> ArraySource:
     digest = hashlib.sha256()
     for batch in splits.values():
         digest.update(batch["image"].tobytes() + batch["label"].tobytes())
-    return ArraySource(splits, num_levels=256, identity=f"idx/sha256-{digest.hexdigest()[:16]}")
+    identity = f"idx/sha256-{digest.hexdigest()[:16]}"
+    return ArraySource(splits, 256, identity, class_names)
 
 
 def _split(folder: pathlib.Path, prefix: str) -> Batch:

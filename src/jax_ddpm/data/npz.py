@@ -7,11 +7,11 @@ import zlib
 
 import numpy as np
 
-from jax_ddpm.data.source import ArraySource, Batch, Path, check_pair, hold_out
+from jax_ddpm.data.source import ArraySource, Batch, ClassNames, Path, check_pair, hold_out
 from jax_ddpm.errors import UserError
 
 
-def npz(path: Path, heldout_fraction: float = 0.1) -> ArraySource:
+def npz(path: Path, heldout_fraction: float = 0.1, class_names: ClassNames = ()) -> ArraySource:
     """Images ``train_images`` uint8 ``[n, h, w]`` or ``[n, h, w, c]``, optionally ``train_labels``.
 
     ``test_images`` (and ``test_labels``) become the held-out split; without them a random
@@ -42,7 +42,7 @@ def npz(path: Path, heldout_fraction: float = 0.1) -> ArraySource:
         if not all(len(split["image"]) for split in splits.values()):
             raise UserError(f"{path}: too few images to hold some out; add more, or test_images")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return ArraySource(splits, num_levels=256, identity=f"npz/sha256-{digest}")
+    return ArraySource(splits, 256, f"npz/sha256-{digest}", class_names)
 
 
 def _split(path: str, arrays: dict[str, np.ndarray], prefix: str) -> Batch:

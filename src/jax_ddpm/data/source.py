@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.options import Option, not_negative
+from jax_ddpm.options import Option, Unfit, Where, not_negative
 
 Batch = dict[str, np.ndarray]
 
@@ -24,6 +24,18 @@ Name = Annotated[
 ]
 ImageSize = Annotated[
     int, Option("Resize and crop to a square; 0: as they are.", not_negative, default=0)
+]
+ClassNames = Annotated[
+    tuple[str, ...],
+    Option(
+        "Names of the classes in their order; (): their numbers.",
+        Where(
+            lambda names: all(map(str.strip, names)) and len({*names}) == len(names),
+            "different names, or ()",
+        ),
+        default=(),
+        free=True,
+    ),
 ]
 
 
@@ -70,6 +82,12 @@ class Spec(NamedTuple):
         return self.fields["label"].num_values if "label" in self.fields else 0
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, or their numbers as text."""
+        names = self.fields["label"].names if "label" in self.fields else ()
+        return names or tuple(map(str, range(self.num_classes)))
+
+    @property
     def example_bytes(self) -> int:
         """The memory that an example takes."""
         fields = self.fields.values()
@@ -95,11 +113,12 @@ def image_spec(
     num_classes: int,
     split_sizes: dict[str, int],
     identity: str,
+    class_names: tuple[str, ...] = (),
 ) -> Spec:
     """The spec of uint8 images and, unless ``num_classes`` is 0, of int32 labels."""
     fields = {"image": Field(tuple(image_shape), "uint8", num_levels)}
     if num_classes:
-        fields["label"] = Field((), "int32", num_classes)
+        fields["label"] = Field((), "int32", num_classes, class_names)
     return Spec(fields, split_sizes, identity)
 
 
@@ -130,14 +149,28 @@ class ArraySource:
     """A data set that fits in memory, with any arrays beside ``image``.
 
     Classes are the numbers from 0 up to the greatest ``label``.
+
+    Raises:
+      ValueError: where ``class_names`` are given and are not one for each class.
     """
 
-    def __init__(self, splits: dict[str, Batch], num_levels: int, identity: str):
+    def __init__(
+        self,
+        splits: dict[str, Batch],
+        num_levels: int,
+        identity: str,
+        class_names: tuple[str, ...] = (),
+    ):
         labels = [split["label"] for split in splits.values() if "label" in split]
         num_classes = 1 + max((int(split.max()) for split in labels), default=-1)
+        if class_names and len(class_names) != num_classes:
+            raise Unfit("class_names", class_names, f"one name for each of {num_classes} classes")
         num_values = {"image": num_levels, "label": num_classes}
+        names = {"label": tuple(class_names)}
         fields = {
-            name: Field(array.shape[1:], array.dtype.name, num_values.get(name, 0))
+            name: Field(
+                array.shape[1:], array.dtype.name, num_values.get(name, 0), names.get(name, ())
+            )
             for name, array in splits["train"].items()
         }
         self._splits = splits

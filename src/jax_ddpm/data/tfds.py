@@ -37,7 +37,7 @@ def tfds(
         rows = random_split(sizes["train"], heldout_fraction)
     if not all(map(len, rows.values())):
         raise UserError(f"data.name: {name!r} has too few images to hold some out")
-    shape, num_classes = _features(name, info, image_size)
+    shape, names = _features(name, info, image_size)
     stored = {"train": "train", "heldout": heldout or "train"}
     records = {split: _records(name, builder, stored[split]) for split in rows}
     split_sizes = {split: len(chosen) for split, chosen in rows.items()}
@@ -45,15 +45,16 @@ def tfds(
     spec = image_spec(
         image_shape=shape,
         num_levels=256,
-        num_classes=num_classes,
+        num_classes=len(names),
         split_sizes=split_sizes,
         identity=f"tfds/{info.full_name}/{parts}/image-size-{image_size}",
+        class_names=names,
     )
 
     def read(split: str, index: int) -> Encoded:
         row = int(rows[split][index])
         record = records[split][row]
-        beside = {"label": int(record["label"])} if num_classes else {}
+        beside = {"label": int(record["label"])} if names else {}
         if beside and beside["label"] < 0:
             raise UserError(f"data.name: {name!r} lacks labels in its split {stored[split]!r}")
         title = f"{info.full_name}, {stored[split]} example {row}"
@@ -100,8 +101,10 @@ def _prepared_builder(name: str, path: str) -> Any:
     return builder
 
 
-def _features(name: str, info: Any, image_size: int) -> tuple[tuple[int, int, int], int]:
-    """Image shape and number of classes."""
+def _features(
+    name: str, info: Any, image_size: int
+) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+    """Image shape and names of the classes."""
     from tensorflow_datasets import features
 
     found = dict(info.features.items())
@@ -121,8 +124,8 @@ def _features(name: str, info: Any, image_size: int) -> tuple[tuple[int, int, in
         height = width = image_size
     if height is None or width is None:
         raise UserError(f"data.name: {name!r} has images of many sizes; set data.image_size")
-    num_classes = label.num_classes if isinstance(label, features.ClassLabel) else None
-    return (height, width, channels), num_classes or 0
+    names = label.names if isinstance(label, features.ClassLabel) and label.num_classes else ()
+    return (height, width, channels), tuple(names)
 
 
 def _records(name: str, builder: Any, split: str) -> Any:

@@ -12,6 +12,7 @@ import tiny
 
 from jax_ddpm.errors import UserError
 from jax_ddpm.keys import Stream, stream_key
+from jax_ddpm.models.network import Network
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.training.prepare import initial_parameters
 
@@ -112,3 +113,59 @@ def test_a_damaged_run_is_one_line_naming_the_field(make_setting, run):
         damage(run, step, "ema")
     with pytest.warns(UserWarning, match="is damaged"):
         refuses(f"^config.init_from={run}.* damaged", make_setting, run)
+
+
+def save(workdir, **averages):
+    """A run with these averages in its checkpoint."""
+    with Checkpoints(workdir, keep_last=1, keep_every=0) as checkpoints:
+        checkpoints.save(1, {"params": {"a": jnp.zeros(1)}, "ema": averages}, tiny.config(), {})
+
+
+def networks(**trees):
+    """Networks with these parameters at their start."""
+    return {name: Network(lambda key, tree=tree: tree, None) for name, tree in trees.items()}
+
+
+def begin(donor, trained):
+    return initial_parameters(tiny.config(init_from=str(donor)), trained, SEED, NOWHERE)
+
+
+class TestAdditions:
+    """What the donor does not have starts at zero, and is named."""
+
+    def test_of_layers(self, tmp_path):
+        save(tmp_path, network={"conv": {"kernel": jnp.full(3, 2.0)}})
+        wanted = {"conv": {"kernel": jnp.ones(3)}, "label": {"embedding": jnp.ones((4, 2))}}
+        params, origin = begin(tmp_path, networks(network=wanted))
+        found = params["network"]
+        np.testing.assert_array_equal(found["conv"]["kernel"], 2)
+        np.testing.assert_array_equal(found["label"]["embedding"], np.zeros((4, 2)))
+        assert origin == f"parameters of {tmp_path}, step 1; new, at zero: label/embedding"
+
+    def test_of_networks_are_drawn(self, tmp_path):
+        """A critic beside it; the network that is served takes the only one there is."""
+        save(tmp_path, teacher={"w": jnp.full(3, 2.0)})
+        trained = networks(network={"w": jnp.ones(3)}, critic={"w": jnp.ones(3)})
+        params, origin = begin(tmp_path, trained)
+        np.testing.assert_array_equal(params["network"]["w"], 2)
+        np.testing.assert_array_equal(params["critic"]["w"], 1)
+        assert origin == f"parameters of {tmp_path}, step 1"
+
+    def test_networks_of_one_name_are_taken(self, tmp_path):
+        save(tmp_path, network={"w": jnp.full(3, 2.0)}, critic={"w": jnp.full(3, 3.0)})
+        trained = networks(network={"w": jnp.ones(3)}, critic={"w": jnp.ones(3)})
+        params, _ = begin(tmp_path, trained)
+        assert [float(params[name]["w"][0]) for name in ("network", "critic")] == [2, 3]
+
+    @pytest.mark.parametrize(
+        ("donor", "told"),
+        [
+            ({"network": {"w": np.ones(4, "f")}}, r"does not fit: w is \(4,\), needed is \(3,\)"),
+            ({"network": {"w": np.ones(3, "f"), "v": np.ones(1, "f")}}, "v is .*needed is absent"),
+            ({"a": {"w": np.ones(3, "f")}, "b": {"w": np.ones(3, "f")}}, "has a, b; needed are ne"),
+        ],
+    )
+    def test_anything_else_is_refused(self, tmp_path, donor, told):
+        save(tmp_path, **donor)
+        with pytest.raises(UserError, match=f"^config.init_from={tmp_path}.*{told}"):
+            begin(tmp_path, networks(network={"w": jnp.ones(3)}))

@@ -1,5 +1,8 @@
 """Checks of a config, made before any device work: a mistake is one line naming the field."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, options
@@ -9,7 +12,7 @@ from jax_ddpm.config.fields import fields
 from jax_ddpm.data.table import SOURCES
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import Option, is_a, kind_of, require, value_of, words_for
-from jax_ddpm.tasks.table import task_of
+from jax_ddpm.tasks.table import TASKS, task_of
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -20,7 +23,9 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     """
     import_modules(config.modules)
     _check_ranges(config, "")
-    _check_source(config)
+    _check_required(config, "data.source", SOURCES)
+    _check_required(config, "task", TASKS)
+    rules.check_source(config)
     rules.check_devices(config, num_devices)
     rules.check_task(config)
     rules.check_optimiser(config)
@@ -62,14 +67,11 @@ def _check_field(config: ConfigDict, name: str, option: Option) -> None:
     require(config, name, option.range.holds, option.range.must_be)
 
 
-def _check_source(config: ConfigDict) -> None:
-    source = config.data.source
-    for name, option in options.of(SOURCES[source]).items():
+def _check_required(config: ConfigDict, field: str, table: Mapping[str, Any]) -> None:
+    """Checks that a choice has those of its options that have no default."""
+    choice, section = value_of(config, field), field.rpartition(".")[0]
+    for name, option in options.of(table[choice]).items():
         if option.required:
-            require(
-                config,
-                f"data.{name}",
-                bool,
-                f"given for data.source={source}: {option.meaning[0].lower()}{option.meaning[1:]}",
-            )
-    rules.check_source(config)
+            meaning = f"{option.meaning[0].lower()}{option.meaning[1:]}"
+            must_be = f"given for {field}={choice}: {meaning}"
+            require(config, f"{section}.{name}".lstrip("."), bool, must_be)

@@ -33,8 +33,14 @@ def read_frozen(
     """
     donor = pathlib.Path(value_of(config, field))
     before = _noted(workdir).get(field, {})
+    step = None if accept_changes else before.get("checkpoint_step")
+    if step is not None and step not in checkpoint.steps(donor):
+        raise UserError(
+            f"config.{field}={donor}: its checkpoint {step}, which {workdir} began with, is gone; "
+            "bring it back, or go on with --accept_changes"
+        )
     try:
-        frozen = _read(donor, None if accept_changes else before.get("checkpoint_step"))
+        frozen = _read(donor, step)
     except UserError as error:
         raise UserError(str(error).replace("--workdir=", f"config.{field}=")) from error
     if before and before["sha256"] != frozen.record["sha256"]:

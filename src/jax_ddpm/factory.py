@@ -211,7 +211,7 @@ class Model:
         else:
             negative = sampling.negative_class
             told = {} if negative is None else {"label": jnp.array([negative])}
-            guidance = ClassifierFreeGuidance(denoiser, scale, told)
+            guidance = ClassifierFreeGuidance(denoiser, scale, ("label",), told)
         if sampling.guidance_rescale:
             guidance = RescaledGuidance(guidance, self.process, sampling.guidance_rescale)
         if sampling.guidance_interval:

@@ -117,6 +117,11 @@ def batch(rng):
     return Batch(xt, t, {"label": jnp.asarray(label, jnp.int32)})
 
 
+def by_label(model, scale, negative=None):
+    """The model guided by itself without the label."""
+    return ClassifierFreeGuidance(model, scale, ("label",), negative or {})
+
+
 def noise_level(t):
     """σ/α."""
     t = np.array([float(t)])
@@ -124,12 +129,12 @@ def noise_level(t):
 
 
 KINDS = {
-    "classifier_free": lambda model: ClassifierFreeGuidance(model, 2.5),
-    "negative": lambda model: ClassifierFreeGuidance(model, 2.5, {"label": jnp.ones(1, jnp.int32)}),
+    "classifier_free": lambda model: by_label(model, 2.5),
+    "negative": lambda model: by_label(model, 2.5, {"label": jnp.ones(1, jnp.int32)}),
     "auto": lambda model: AutoGuidance(model, ClassDenoiser(model.means + 0.1, CHAIN), 2.5),
-    "rescaled": lambda model: RescaledGuidance(ClassifierFreeGuidance(model, 2.5), CHAIN, 0.7),
+    "rescaled": lambda model: RescaledGuidance(by_label(model, 2.5), CHAIN, 0.7),
     "interval": lambda model: GuidanceInterval(
-        ClassifierFreeGuidance(model, 2.5), CHAIN, noise_level(10), noise_level(60)
+        by_label(model, 2.5), CHAIN, noise_level(10), noise_level(60)
     ),
 }
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
@@ -161,13 +166,13 @@ def test_score_is_that_of_the_sharpened_class(denoiser, batch, scale):
     xt, t, given = batch
     of_pixels = jax.vmap(jax.grad(sharpened), in_axes=(0, None, None))
     score = jax.jit(jax.vmap(of_pixels))(xt, t, given["label"])
-    guided = run(ClassifierFreeGuidance(denoiser, scale), batch)
+    guided = run(by_label(denoiser, scale), batch)
     np.testing.assert_allclose(guided.eps, -expand(CHAIN.sigma(t), xt) * score, atol=1e-11)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_x0_and_eps_agree_with_xt(denoiser, batch, scale):
-    guided = run(ClassifierFreeGuidance(denoiser, scale), batch)
+    guided = run(by_label(denoiser, scale), batch)
     rebuilt = q_sample(CHAIN, guided.x0, batch.t, guided.eps)
     np.testing.assert_allclose(rebuilt, batch.xt, atol=1e-12)
 
@@ -176,7 +181,7 @@ def test_scale_0_and_1_are_the_models_themselves(denoiser, batch):
     """They agree to the last bit, in one pass of the batch as it is; scale 0 gets no label."""
     xt, t, given = batch
     for scale, conditioning in ((0.0, {}), (-0.0, {}), (1.0, given)):
-        guidance, plain = ClassifierFreeGuidance(denoiser, scale), Batch(xt, t, conditioning)
+        guidance, plain = by_label(denoiser, scale), Batch(xt, t, conditioning)
         assert len(calls(guidance, batch)) == 1
         assert calls(guidance, batch) == calls(denoiser, plain)
         jax.tree.map(np.testing.assert_array_equal, run(guidance, batch), run(denoiser, plain))
@@ -187,7 +192,7 @@ def test_other_scales_take_one_pass_of_twice_the_batch(denoiser, batch, t):
     xt, times, given = batch
     times = times if t is None else jnp.array(t)
     twice = {"label": (12,), "label_drop": (12,)}
-    guidance = ClassifierFreeGuidance(denoiser, 2.0)
+    guidance = by_label(denoiser, 2.0)
     assert calls(guidance, Batch(xt, times, given)) == [
         ((12, 5), (12,) if t is None else (), twice)
     ]
@@ -197,21 +202,21 @@ def test_conditional_half_keeps_the_label_and_the_other_drops_it(denoiser, batch
     """Scales far from 0 and 1 show it: the order of the halves matters most there."""
     conditional, unconditional = run(denoiser, batch), run(denoiser, batch._replace(given={}))
     for scale in (-1.0, 2.0):
-        guided = run(ClassifierFreeGuidance(denoiser, scale), batch)
+        guided = run(by_label(denoiser, scale), batch)
         for name in ("x0", "eps"):
             c, u = getattr(conditional, name), getattr(unconditional, name)
             np.testing.assert_allclose(getattr(guided, name), (1 - scale) * u + scale * c)
 
 
 def test_learned_variance_is_the_conditional_models(denoiser, batch):
-    fraction = run(ClassifierFreeGuidance(denoiser, 3.0), batch).variance_fraction
+    fraction = run(by_label(denoiser, 3.0), batch).variance_fraction
     np.testing.assert_array_equal(fraction, 0)
 
 
 def test_without_a_learned_variance_there_is_none(batch):
     """A denoiser that is told nothing is not changed either."""
     plain = GaussianDenoiser(0.3, VAR, CHAIN)
-    guided = run(ClassifierFreeGuidance(plain, 3.0), batch)
+    guided = run(by_label(plain, 3.0), batch)
     assert guided.variance_fraction is None
     np.testing.assert_allclose(guided.eps, run(plain, batch).eps, atol=1e-13)
 
@@ -238,41 +243,58 @@ def test_examples_do_not_touch_each_other(make, denoiser, batch):
     np.testing.assert_array_equal(differs, np.arange(6) == 2)
 
 
-def test_every_conditioning_is_dropped_together(batch):
-    """Each array has a mask of its own."""
-    seen = {}
-
-    def denoiser(xt, t, conditioning):
-        seen.update(conditioning)
-        return Prediction(xt, xt)
-
-    xt, t, given = batch
-    text = jnp.arange(24.0).reshape(6, 4)
-    ClassifierFreeGuidance(denoiser, 2.0)(xt, t, given | {"text": text})
-    assert seen.keys() == {"label", "label_drop", "text", "text_drop"}
-    np.testing.assert_array_equal(seen["text"], np.concatenate([text, text]))
-    for name in ("label_drop", "text_drop"):
-        assert seen[name].dtype == bool
-        np.testing.assert_array_equal(seen[name], np.arange(12) >= 6)
+@pytest.fixture
+def seen():
+    """The conditioning of the last call of ``telling(seen)``."""
+    return {}
 
 
-def test_the_estimate_of_a_self_conditioned_network_is_told_to_both(batch):
-    """The estimate does not guide: it is never dropped, and is left at scale 0."""
-    seen = {}
+def telling(seen):
+    """A denoiser that says what it is told."""
 
     def denoiser(xt, t, conditioning):
         seen.clear()
         seen.update(conditioning)
         return Prediction(xt, xt)
 
+    return denoiser
+
+
+def text_of(count):
+    """A conditioning that is a small tree: tokens and their mask."""
+    tokens = jnp.arange(4 * count).reshape(count, 4)
+    return {"tokens": tokens, "mask": tokens % 3 > 0}
+
+
+def assert_same(tree, expected):
+    jax.tree.map(np.testing.assert_array_equal, tree, expected)
+
+
+def test_the_names_that_guide_are_dropped_together(batch, seen):
+    """Each has one mask of its own, also where it is a tree of arrays."""
     xt, t, given = batch
-    given = given | {"x0_estimate": 2 * xt}
-    ClassifierFreeGuidance(denoiser, 2.0)(xt, t, given)
-    assert seen.keys() == {"label", "label_drop", "x0_estimate"}
-    np.testing.assert_array_equal(seen["x0_estimate"], np.concatenate([2 * xt, 2 * xt]))
-    ClassifierFreeGuidance(denoiser, 0.0)(xt, t, given)
-    assert seen.keys() == {"x0_estimate"}
-    np.testing.assert_array_equal(seen["x0_estimate"], 2 * xt)
+    text = text_of(6)
+    guidance = ClassifierFreeGuidance(telling(seen), 2.0, ("label", "text"))
+    guidance(xt, t, given | {"text": text})
+    assert seen.keys() == {"label", "label_drop", "text", "text_drop"}
+    assert_same(seen["text"], jax.tree.map(lambda x: np.concatenate([x, x]), text))
+    for name in ("label_drop", "text_drop"):
+        assert seen[name].dtype == bool
+        np.testing.assert_array_equal(seen[name], np.arange(12) >= 6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_what_does_not_guide_is_told_to_both(batch, seen, scale):
+    """It is never dropped: the estimate of a self-conditioned network is an example."""
+    xt, t, given = batch
+    shared = {"x0_estimate": 2 * xt, "text": text_of(6)}
+    by_label(telling(seen), scale)(xt, t, given | shared)
+    if scale in (0, 1):
+        assert_same(seen, shared | (given if scale == 1 else {}))
+        return
+    assert seen.keys() == {"label", "label_drop", "x0_estimate", "text"}
+    for name, tree in shared.items():
+        assert_same(seen[name], jax.tree.map(lambda x: np.concatenate([x, x]), tree))
 
 
 @every_kind
@@ -290,8 +312,8 @@ class TestNegative:
     @pytest.mark.parametrize("scale", SCALES)
     def test_null_label_is_no_label(self, denoiser, batch, scale):
         null = {"label": jnp.full(6, 3, jnp.int32)}
-        guided = run(ClassifierFreeGuidance(denoiser, scale, null), batch)
-        expected = run(ClassifierFreeGuidance(denoiser, scale), batch)
+        guided = run(by_label(denoiser, scale, null), batch)
+        expected = run(by_label(denoiser, scale), batch)
         np.testing.assert_allclose(guided.eps, expected.eps, atol=1e-13)
         np.testing.assert_allclose(guided.x0, expected.x0, atol=1e-13)
 
@@ -299,7 +321,7 @@ class TestNegative:
     def test_leads_away_from_another_class(self, denoiser, batch, scale):
         others = {"label": (batch.given["label"] + 1) % 3}
         away, towards = run(denoiser, batch._replace(given=others)), run(denoiser, batch)
-        guided = run(ClassifierFreeGuidance(denoiser, scale, others), batch)
+        guided = run(by_label(denoiser, scale, others), batch)
         for name in ("x0", "eps"):
             n, c = getattr(away, name), getattr(towards, name)
             np.testing.assert_allclose(getattr(guided, name), (1 - scale) * n + scale * c)
@@ -307,24 +329,20 @@ class TestNegative:
     @pytest.mark.parametrize("scale", [0.0, 2.0])
     def test_one_for_all_is_one_for_each(self, denoiser, batch, scale):
         one, each = jnp.array([1], jnp.int32), jnp.ones(6, jnp.int32)
-        for_all = run(ClassifierFreeGuidance(denoiser, scale, {"label": one}), batch)
-        for_each = run(ClassifierFreeGuidance(denoiser, scale, {"label": each}), batch)
+        for_all = run(by_label(denoiser, scale, {"label": one}), batch)
+        for_each = run(by_label(denoiser, scale, {"label": each}), batch)
         jax.tree.map(np.testing.assert_array_equal, for_all, for_each)
 
-    def test_what_one_half_is_not_told_is_dropped_from_it(self, batch):
-        seen = {}
-
-        def denoiser(xt, t, conditioning):
-            seen.update(conditioning)
-            return Prediction(xt, xt)
-
-        negative = {"label": jnp.full(6, 2, jnp.int32), "text": jnp.ones((1, 4))}
+    def test_what_one_half_is_not_told_is_dropped_from_it(self, batch, seen):
+        negative = {"label": jnp.full(6, 2, jnp.int32), "text": text_of(1)}
+        names = ("label", "text", "size")
         xt, t, given = batch
-        ClassifierFreeGuidance(denoiser, 2.0, negative)(xt, t, given | {"size": jnp.zeros(6)})
+        guidance = ClassifierFreeGuidance(telling(seen), 2.0, names, negative)
+        guidance(xt, t, given | {"size": jnp.zeros(6)})
         first = np.arange(12) < 6
         np.testing.assert_array_equal(seen["label"], np.append(given["label"], [2] * 6))
         assert not seen["label_drop"].any()
-        assert np.all(seen["text"] == 1)
+        assert_same(seen["text"], jax.tree.map(lambda x: np.repeat(x, 12, axis=0), text_of(1)))
         np.testing.assert_array_equal(seen["text_drop"], first)
         np.testing.assert_array_equal(seen["size_drop"], ~first)
 
@@ -343,9 +361,9 @@ class TestAutoGuidance:
 
     @pytest.mark.parametrize("scale", SCALES)
     def test_by_the_unconditional_model_is_classifier_free_guidance(self, denoiser, batch, scale):
-        unconditional = ClassifierFreeGuidance(denoiser, 0.0)
+        unconditional = by_label(denoiser, 0.0)
         guided = run(AutoGuidance(denoiser, unconditional, scale), batch)
-        expected = run(ClassifierFreeGuidance(denoiser, scale), batch)
+        expected = run(by_label(denoiser, scale), batch)
         np.testing.assert_allclose(guided.eps, expected.eps, atol=1e-13)
         np.testing.assert_allclose(guided.x0, expected.x0, atol=1e-13)
 
@@ -372,7 +390,7 @@ class TestRescaled:
 
     @pytest.fixture
     def guidance(self, denoiser):
-        return ClassifierFreeGuidance(denoiser, 4.0)
+        return by_label(denoiser, 4.0)
 
     @staticmethod
     def std(prediction):
@@ -399,7 +417,7 @@ class TestRescaled:
         np.testing.assert_allclose(some, (1 - phi) * none + phi * all_, atol=1e-12)
 
     def test_scale_1_has_nothing_to_restore(self, denoiser, images):
-        guidance = RescaledGuidance(ClassifierFreeGuidance(denoiser, 1.0), CHAIN, 0.7)
+        guidance = RescaledGuidance(by_label(denoiser, 1.0), CHAIN, 0.7)
         assert len(calls(guidance, images)) == 1
         np.testing.assert_allclose(run(guidance, images).x0, run(denoiser, images).x0, rtol=1e-14)
 
@@ -418,7 +436,7 @@ class TestInterval:
 
     @pytest.fixture
     def interval(self, denoiser):
-        guidance = ClassifierFreeGuidance(denoiser, 4.0)
+        guidance = by_label(denoiser, 4.0)
         return GuidanceInterval(guidance, CHAIN, noise_level(20), noise_level(50))
 
     @pytest.mark.parametrize(("t", "guided"), [(20, False), (21, True), (50, True), (51, False)])
@@ -449,7 +467,7 @@ class TestInterval:
                 jax.debug.callback(lambda: sizes.append(len(xt)))
                 return self.denoiser(xt, t, conditioning)
 
-        guidance = ClassifierFreeGuidance(Counted(interval.guidance.denoiser), 4.0)
+        guidance = by_label(Counted(interval.guidance.denoiser), 4.0)
         counted = dataclasses.replace(interval, guidance=guidance)
         sampler = ddim(to_clean(CHAIN, np.arange(99.0, -1, -1)))
         keys = jax.random.split(jax.random.key(0), 6)
@@ -461,7 +479,7 @@ class TestInterval:
     def test_pure_noise_lies_at_infinity(self, denoiser, batch, high, guided):
         chain = Chain(np.append(CHAIN.betas[:-1], 1.0))
         model = ClassDenoiser(denoiser.means, chain)
-        guidance = ClassifierFreeGuidance(model, 4.0)
+        guidance = by_label(model, 4.0)
         now = batch._replace(t=jnp.array(99.0))
         result = run(GuidanceInterval(guidance, chain, 0.0, high), now)
         expected = run(guidance if guided else model, now)
@@ -475,7 +493,7 @@ class TestInterval:
 
 def test_clips_what_is_guided(denoiser, batch):
     """The guided x_0, not the two that it is made of; ε follows."""
-    guidance = ClassifierFreeGuidance(denoiser, 7.5)
+    guidance = by_label(denoiser, 7.5)
     raw, clipped = run(guidance, batch), run(ClippedDenoiser(guidance, CHAIN), batch)
     assert np.any(np.abs(raw.x0) > 1)
     np.testing.assert_array_equal(clipped.x0, np.clip(raw.x0, -1, 1))
@@ -505,7 +523,7 @@ def test_guided_samples_have_the_moments_of_the_recursion(rng, scale, stride):
     wide, label, count = 1.0, 2, 20_000
     times = np.arange(99, -1, -stride, dtype=float)
     sampler = ancestral(to_clean(CHAIN, times), "fixedsmall")
-    guidance = ClassifierFreeGuidance(WideDenoiser(wide, CHAIN), scale)
+    guidance = by_label(WideDenoiser(wide, CHAIN), scale)
     x = jnp.asarray(rng.standard_normal((count, 1)))
     keys = jax.random.split(jax.random.key(0), count)
     given = {"label": jnp.full(count, label)}

@@ -419,7 +419,7 @@ def test_rescaled_guidance_is_theirs(chain):
         return network(x + label[:, None], time[:, None])
 
     denoiser = NetworkDenoiser((), apply, Parameterisation(chain, "x0"))
-    guidance = RescaledGuidance(ClassifierFreeGuidance(denoiser, 3.0), chain, 0.7)
+    guidance = RescaledGuidance(ClassifierFreeGuidance(denoiser, 3.0, ("label",)), chain, 0.7)
     actual = guidance(jnp.asarray(x), jnp.asarray(400.0), {"label": jnp.asarray(label)})
 
     told, not_told = (torch.from_numpy(network(x + c, 400)) for c in (label[:, None], 0))

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 from jax_ddpm.diffusion.parameterisation import Parameterisation, Prediction, marginal_std
 from jax_ddpm.diffusion.process import Process, expand
 
-# A flat dict of [batch, …] arrays that the network is conditioned on; empty when unconditional.
-Conditioning = dict[str, Array]
+# What the network is told, by name: [batch, …] arrays, or small trees of them such as tokens with
+# their mask. ``<name>_drop`` is true for examples that go without it. Empty when unconditional.
+Conditioning = dict[str, Any]
 X0_ESTIMATE = "x0_estimate"  # a self-conditioned network's last prediction, shaped like x_t
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
+from jax_ddpm.diffusion.denoiser import Conditioning
 from jax_ddpm.diffusion.parameterisation import Parameterisation, Prediction
 from jax_ddpm.diffusion.process import Process, expand, noise_between
 from jax_ddpm.options import Option, between, check_options
@@ -71,14 +71,18 @@ class ClassifierFreeGuidance:
     """The model given c, guided by itself without c (Ho & Salimans 2022).
 
     Scale 0 is exactly the unconditional model and scale 1 exactly the conditional one, in one pass
-    of the network; any other scale takes one pass of twice the batch. ``negative`` is the guide's
-    conditioning in place of c, ``[batch, …]`` or ``[1, …]``; names that it lacks are dropped. The
-    conditioning must hold no drop masks: they mark what each half of the batch goes without. Both
-    halves get a self-conditioned network's estimate of x_0.
+    of the network; any other scale takes one pass of twice the batch. The conditioning must hold no
+    drop masks: they mark what each half of the batch goes without.
+
+    Attributes:
+      guided: the names that make up c; model and guide share all other conditioning.
+      negative: what the guide is told in place of c, ``[batch, …]`` or ``[1, …]``; the names in
+        ``guided`` that it lacks are dropped.
     """
 
     denoiser: Any
     scale: float = dataclasses.field(metadata={"static": True})
+    guided: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     negative: Conditioning = dataclasses.field(default_factory=dict)
 
     def __call__(
@@ -88,8 +92,7 @@ class ClassifierFreeGuidance:
         conditioning: Conditioning,
     ) -> Prediction:
         if self.scale == 0:
-            estimate = {name: x for name, x in conditioning.items() if name == X0_ESTIMATE}
-            return self.denoiser(xt, t, self._negative(len(xt)) | estimate)
+            return self.denoiser(xt, t, self._of_guide(conditioning, len(xt)))
         return self.guided_and_plain(xt, t, conditioning)[0]
 
     def guided_and_plain(
@@ -103,14 +106,15 @@ class ClassifierFreeGuidance:
             conditional = self.denoiser(xt, t, conditioning)
             return conditional, conditional
         size = len(xt)
-        halves = conditioning, self._negative(size)
+        halves = conditioning, self._of_guide(conditioning, size)
         # Each half borrows from the other what it lacks, and a mask drops it.
-        filled, guide_filled = halves[1] | halves[0], halves[0] | halves[1]
-        both = {name: jnp.concatenate([filled[name], guide_filled[name]]) for name in filled}
+        both = jax.tree.map(
+            lambda *parts: jnp.concatenate(parts), halves[1] | halves[0], halves[0] | halves[1]
+        )
         drop = {
             f"{name}_drop": jnp.repeat(jnp.array([name not in half for half in halves]), size)
             for name in both
-            if name != X0_ESTIMATE
+            if name in self.guided
         }
         predicted = self.denoiser(
             jnp.concatenate([xt, xt]), jnp.concatenate([t, t]) if t.ndim else t, both | drop
@@ -119,10 +123,11 @@ class ClassifierFreeGuidance:
         guide = jax.tree.map(lambda x: x[size:], predicted)
         return extrapolate(guide, conditional, self.scale), conditional
 
-    def _negative(self, size: int) -> Conditioning:
-        return {
-            name: jnp.broadcast_to(x, (size, *x.shape[1:])) for name, x in self.negative.items()
-        }
+    def _of_guide(self, conditioning: Conditioning, size: int) -> Conditioning:
+        shared = {name: x for name, x in conditioning.items() if name not in self.guided}
+        return shared | jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (size, *x.shape[1:])), self.negative
+        )
 
 
 @jax.tree_util.register_dataclass

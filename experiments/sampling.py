@@ -130,7 +130,7 @@ def measure(trained: Trained, arguments: argparse.Namespace) -> dict[str, Any]:
         extractor=arguments.extractor,
         batch_size=trained.config.sampling.batch_size,
     )
-    metrics = ["fid", "kid", "prdc"] + ["agreement"] * (trained.model.num_classes > 0)
+    metrics = ["fid", "kid", "prdc"] + ["agreement"] * ("label" in trained.model.conditions.names)
     found, _ = measure_quality(what, metrics)
     results = {name: measured["result"] for name, measured in found["measured"].items()}
     for result in results.values():

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from jax_ddpm import generate
+from jax_ddpm.conditions.label import with_label
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.scan import Snapshots
 from jax_ddpm.errors import UserError
@@ -63,8 +64,7 @@ def test_depends_neither_on_batch_size_nor_on_devices(
 
 
 def test_fewer_samples_are_the_first_ones(generator, params, samples):
-    label = 1
-    six, three = (generator(params, 0, count, label) for count in (6, 3))
+    six, three = (generator(params, 0, count, {"label": 1}) for count in (6, 3))
     np.testing.assert_array_equal(three, six[:3])
     np.testing.assert_array_equal(samples[1::3], six[1::3])  # column 1 holds class 1
 
@@ -103,14 +103,14 @@ def test_labels_are_by_column_or_as_asked(label):
     model.network = Network(model.network.init, apply)
     generator = Generator(model, 4, mesh())
     assert generator.columns(7) == 3
-    seen = 4 * generator({}, 0, 7, label)[:, 0, 0, 0]
+    seen = 4 * generator({}, 0, 7, with_label(label))[:, 0, 0, 0]
     np.testing.assert_allclose(seen, [0, 1, 2, 0, 1, 2, 0] if label is None else [2] * 7, atol=1e-5)
 
 
 @pytest.mark.parametrize("label", [None, 2])
 def test_labels_are_those_of_the_samples_however_many(generator, label):
     index = np.array([5, 0, 10**6, 7], np.int32)
-    labels = generator.labels(index, label)
+    labels = generator.asked(index, with_label(label))["label"]
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, [2, 0, 1, 1] if label is None else [2] * 4)
 
@@ -118,7 +118,7 @@ def test_labels_are_those_of_the_samples_however_many(generator, label):
 @pytest.mark.parametrize("label", [-1, 3])
 def test_label_out_of_range_is_one_line(generator, params, label):
     with pytest.raises(UserError, match=rf"^--class={label}: .* 0 to 2$"):
-        generator(params, 0, 4, label)
+        generator(params, 0, 4, {"label": label})
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +127,18 @@ def unconditional():
 
 
 def test_label_for_an_unconditional_model_is_one_line(unconditional, params):
-    with pytest.raises(UserError, match="--class=0: this model has no classes"):
-        unconditional(params, 0, 4, label=0)
+    with pytest.raises(UserError, match="--class=0: this model is told no class"):
+        unconditional(params, 0, 4, {"label": 0})
 
 
 def test_an_unconditional_model_has_no_labels(unconditional):
-    assert unconditional.labels(np.arange(4, dtype=np.int32)) is None
+    assert unconditional.asked(np.arange(4, dtype=np.int32)) == {}
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (9, 3), (10, 4), (64, 8)])
 def test_grids_without_classes_are_about_square(generator, unconditional, count, columns):
     assert unconditional.columns(count) == columns
-    assert generator.columns(count, label=1) == columns, "nor do those of one class differ"
+    assert generator.columns(count, {"label": 1}) == columns, "nor do those of one class differ"
 
 
 @pytest.mark.parametrize(("num_classes", "columns"), [(2, 2), (10, 10), (1000, 10)])
@@ -201,7 +201,7 @@ class TestDraw:
     def test_refuses_unknown_classes_before_anything_runs(self, generator, params, monkeypatch):
         monkeypatch.setattr(generator, "_run", lambda *_: pytest.fail("drawn"))
         with pytest.raises(UserError, match="--class=3"):
-            next(generator.draw(params, 0, [0], label=3))
+            next(generator.draw(params, 0, [0], {"label": 3}))
 
 
 class TestSnapshots:
@@ -233,7 +233,7 @@ def test_new_parameters_seeds_and_labels_reuse_the_program(params):
     generator = Generator(model, 4, mesh())
     first = generator(params, 0, 4)
     num_traces = len(traces)
-    second = generator(jax.tree.map(lambda leaf: leaf + 1, params), 0, 7, label=1)
+    second = generator(jax.tree.map(lambda leaf: leaf + 1, params), 0, 7, {"label": 1})
     assert len(traces) == num_traces
     assert not np.allclose(first, second[:4])
 
@@ -301,7 +301,7 @@ class TestGuidance:
         return Model(config, tiny.spec(SHAPE))
 
     def draw(self, unet_params, scale, label=None):
-        return Generator(self.model(scale), 4, mesh())(unet_params, 0, 4, label)
+        return Generator(self.model(scale), 4, mesh())(unet_params, 0, 4, with_label(label))
 
     def test_scale_1_draws_what_is_drawn_without_it(self, unet, unet_params):
         """The samples agree to the last bit, also with code that knows nothing of guidance."""

@@ -18,6 +18,7 @@ FLOORS = (
     ("runtime",),
     ("images",),
     ("diffusion", "models", "data"),
+    ("conditions",),
     ("factory",),
     ("tasks",),
     ("generate", "config"),

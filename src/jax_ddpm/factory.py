@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_ddpm.conditions.condition import UNCONDITIONAL, Conditions
+from jax_ddpm.conditions.label import Label
+from jax_ddpm.conditions.table import CONDITIONS
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.data.table import SOURCES
 from jax_ddpm.diffusion import processes
@@ -50,6 +53,12 @@ def make_source(config: ConfigDict) -> Source:
         return row(**taken(row, config.data))
 
 
+def make_conditions(config: ConfigDict, spec: Spec) -> Conditions:
+    """What the network is told of such data, besides x_t and t."""
+    found = (row(config, spec) for row in CONDITIONS.of(config.modules).values())
+    return Conditions(tuple(condition for condition in found if condition is not None))
+
+
 def make_process(config: ConfigDict) -> Process:
     """The noise process of training."""
     with naming("process"):
@@ -74,6 +83,7 @@ def make_module(
     config: ConfigDict,
     networks: Table,
     image_shape: tuple[int, int, int] | None = None,
+    conditions: Conditions = UNCONDITIONAL,
     **given: Any,
 ) -> nn.Module:
     """The network of ``config.model``, from a table whose first row is the default.
@@ -81,7 +91,8 @@ def make_module(
     ``given`` holds what the model passes to a network that has attributes of these names.
 
     Raises:
-      UserError: where the table has no such network, or it does not fit the options or the images.
+      UserError: where the table has no such network, or it does not fit the options, the
+        conditions or the images.
     """
     name = config.model.name or next(iter(networks))
     require(config, "model.name", lambda _: name in networks, f"{OneOf(networks).must_be} here")
@@ -91,7 +102,11 @@ def make_module(
         if attribute not in attributes:
             must_be = f"False: the network {name} is not told of it"
             require(config, f"model.{field}", operator.not_, must_be)
+    lacking = ", ".join(conditions.attributes.keys() - attributes)
+    must_be = f"a network with the attributes {lacking}, for what it is told"
+    require(config, "model.name", lambda _: not lacking, must_be)
     given |= {"self_condition": model.self_condition, "dtype": jnp.dtype(model.dtype)}
+    given |= conditions.attributes
     known = {key: value for key, value in given.items() if key in attributes}
     with naming("model"):
         module = row(**known, **taken(row, model))
@@ -105,13 +120,13 @@ class Companions(NamedTuple):
 
     Attributes:
       guide: a worse denoiser for autoguidance, or log p(label | x_t) for classifier guidance.
-      num_classes: the classes of that classifier.
+      class_names: the classes of that classifier.
       x0_error: the statistic of the optimal variance.
       record: the guide's identity, as JSON.
     """
 
     guide: Any = None
-    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
     x0_error: X0Error | None = None
     record: dict[str, Any] = {}  # noqa: RUF012
 
@@ -124,39 +139,29 @@ class Model:
 
     Attributes:
       process, parameterisation, network: those of training.
-      num_classes: the classes that the network is told, or 0.
-      label_classes: the classes that samples can have, also where only a classifier guides to them.
+      conditions: what the network is told.
       sampling_process: the sampler's process, the trained one unless ``sampling.process`` is set.
+      sampling_conditions: what samples can be asked for: also a class that only a classifier knows.
     """
 
     def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
-        require(
-            config,
-            "model.class_conditional",
-            lambda value: not value or spec.num_classes > 0,
-            "False: this data has no labels",
-        )
-        require(
-            config,
-            "sampling.negative_class",
-            lambda value: value is None or value < spec.num_classes,
-            f"one of this data's classes, 0 to {spec.num_classes - 1}",
-        )
         self.spec, self._sampling = spec, config.sampling
+        self.conditions = self.sampling_conditions = make_conditions(config, spec)
+        if companions.class_names and "label" not in self.conditions.names:
+            guided = (*self.conditions.parts, Label(companions.class_names))
+            self.sampling_conditions = Conditions(guided)
         self.parameterisation = make_parameterisation(config)
         self.process = self.parameterisation.process
         in_output = self.parameterisation.variance != "none"
         self.variance: ModelVariance = "learned" if in_output else config.parameterisation.variance
-        self.num_classes = spec.num_classes if config.model.class_conditional else 0
-        self.label_classes = self.num_classes or companions.num_classes
         self.self_condition = config.model.self_condition
         channels = spec.image_shape[-1]
         module = make_module(
             config,
             NETWORKS,
             spec.image_shape,
+            self.conditions,
             out_channels=2 * channels if in_output else channels,
-            num_classes=self.num_classes,
         )
         self.network: Network = make_network(
             module, jnp.zeros((1, *spec.image_shape)), jnp.zeros(1), {}
@@ -209,9 +214,8 @@ class Model:
         elif scale == 1:
             return denoiser
         else:
-            negative = sampling.negative_class
-            told = {} if negative is None else {"label": jnp.array([negative])}
-            guidance = ClassifierFreeGuidance(denoiser, scale, ("label",), told)
+            told = self.conditions
+            guidance = ClassifierFreeGuidance(denoiser, scale, told.guided, told.negative())
         if sampling.guidance_rescale:
             guidance = RescaledGuidance(guidance, self.process, sampling.guidance_rescale)
         if sampling.guidance_interval:

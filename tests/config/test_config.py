@@ -73,7 +73,7 @@ def test_digits_configs_fit_their_data(name):
     config = named(name)
     num_classes, num_timesteps, num_evaluations = DIGITS[name]
     model = factory.Model(config, factory.make_source(config).spec)
-    assert model.num_classes == num_classes
+    assert model.conditions.attributes.get("num_classes", 0) == num_classes
     assert isinstance(model.process, Chain) == bool(num_timesteps)
     if num_timesteps:
         assert model.chain.num_timesteps == num_timesteps

@@ -198,7 +198,7 @@ class TestDecodingPicture:
     @staticmethod
     def rows(source, x0):
         """Image, x_t or x_0, moment."""
-        picture = decoding_picture(make_trained(source), x0, np.zeros(3, np.int32))
+        picture = decoding_picture(make_trained(source), x0, {})
         assert picture.shape == (3 * 2 * 13, *SHAPE)
         return picture.reshape(3, 2, 13, *SHAPE)
 
@@ -221,13 +221,13 @@ class TestDecodingPicture:
 
     def test_the_labels_are_those_of_the_images(self, source, x0):
         trained = make_trained(source, by_label, **CONDITIONAL)
-        picture = decoding_picture(trained, x0, np.array([2, 0, 1], np.int32))
+        picture = decoding_picture(trained, x0, {"label": np.array([2, 0, 1], np.int32)})
         decoded = picture.reshape(3, 2, 13, *SHAPE)[:, 1, :12]
         for of_image, label in zip(decoded, (2, 0, 1), strict=True):
             np.testing.assert_allclose(of_image, label / 4, atol=1e-6)
 
     def test_again_it_is_the_same(self, rows, source, x0):
-        again = decoding_picture(make_trained(source), x0, np.zeros(3, np.int32))
+        again = decoding_picture(make_trained(source), x0, {})
         np.testing.assert_array_equal(again, rows.reshape(again.shape))
 
 
@@ -236,10 +236,10 @@ class TestInterpolationPicture:
     def test_four_rows_of_nine(self, source, x0):
         """t = T, ¾T, ½T, ¼T: ends ever nearer to the images, each end knowing one image alone."""
         trained = make_trained(source, process__num_timesteps=8)
-        picture = interpolation_picture(trained, x0[:2], 0)
+        picture = interpolation_picture(trained, x0[:2], {})
         assert picture.shape == (4 * 9, *SHAPE)
         assert isinstance(picture, np.ndarray)
-        changed = interpolation_picture(trained, jnp.stack([x0[0], x0[2]]), 0)
+        changed = interpolation_picture(trained, jnp.stack([x0[0], x0[2]]), {})
         differs = np.any(changed != picture, axis=(1, 2, 3)).reshape(4, 9)
         assert not np.any(differs[:, 0])
         assert np.all(differs[1:, 1:])
@@ -254,7 +254,7 @@ class TestInterpolationPicture:
             return jnp.zeros((9, *pair.shape[1:]))
 
         monkeypatch.setattr("jax_ddpm.evaluation.coding.interpolate", interpolate)
-        interpolation_picture(make_trained(source), x0[:2], 0)
+        interpolation_picture(make_trained(source), x0[:2], {})
         assert [times[0] for times in starts] == [15, 11, 7, 3]
         for times in starts:
             np.testing.assert_array_equal(times, np.arange(times[0], -1, -1))
@@ -262,22 +262,22 @@ class TestInterpolationPicture:
     @pytest.mark.slow
     def test_all_are_of_the_class(self, source, x0):
         trained = make_trained(source, by_label, **CONDITIONAL)
-        picture = interpolation_picture(trained, x0[:2], 2)
+        picture = interpolation_picture(trained, x0[:2], {"label": np.array([2], np.int32)})
         np.testing.assert_allclose(picture, 0.5, atol=1e-5)
 
     @pytest.mark.slow
     def test_of_the_shortest_chain(self, source, x0):
         trained = make_trained(source, process__num_timesteps=2)
-        assert np.all(np.isfinite(interpolation_picture(trained, x0[:2], 0)))
+        assert np.all(np.isfinite(interpolation_picture(trained, x0[:2], {})))
 
 
 @pytest.fixture
 def pairs(monkeypatch):
-    """The pairs and labels that are mixed, with nothing drawn, as that compiles four programs."""
+    """The pairs that are mixed, with nothing drawn, as that compiles four programs."""
     pairs = []
 
-    def picture(trained, pair, label):
-        pairs.append((np.asarray(pair), label))
+    def picture(trained, pair, conditioning):
+        pairs.append(np.asarray(pair))
         return np.zeros((36, *pair.shape[1:]), np.float32)
 
     monkeypatch.setattr("jax_ddpm.evaluation.coding.interpolation_picture", picture)
@@ -338,13 +338,13 @@ class TestDrawCoding:
         """An image that is alone in its class, as with a thousand classes, is no obstacle."""
         source = make_source(labels)
         draw_coding(make_trained(source), source, "heldout", tmp_path / "run")
-        ((pair, label),) = pairs
+        (pair,) = pairs
         assert pair.shape == (2, *SHAPE)
         known = in_range(source)
         first, second = (int(np.all(known == x[None], axis=(1, 2, 3)).argmax()) for x in pair)
         assert first != second
         if labels[0] is not None:
-            assert labels[first] == labels[second] == label
+            assert labels[first] == labels[second]
 
     def test_of_colour_images(self, tmp_path, pairs):
         source = make_source([None] * 5, channels=3)

@@ -107,7 +107,7 @@ class TestClassifier:
         run = guided(model, "classifier", classifier, 3.0)
         in_turn = run.sample(CLASSES)
         np.testing.assert_array_equal(run.sample(CLASSES, label=7)[7], in_turn[7])
-        with pytest.raises(UserError, match=f"classes 0 to {CLASSES - 1}"):
+        with pytest.raises(UserError, match=f"classes, 0 to {CLASSES - 1}"):
             run.sample(1, label=CLASSES)
 
     def test_scale_0_is_the_model_alone(self, model, classifier):

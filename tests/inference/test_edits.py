@@ -10,6 +10,7 @@ import tiny
 
 from jax_ddpm import factory, images
 from jax_ddpm.api.arguments import ARGUMENTS
+from jax_ddpm.conditions.label import with_label
 from jax_ddpm.diffusion.editing import inpainting, last_steps, perturbed, projected, resampled
 from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.scan import sample
@@ -184,7 +185,9 @@ class TestWhatIsMade:
     def test_class_is_told(self, make, files, tmp_path):
         conditional = make(num_classes=3)
         first, same, other = (
-            edited(conditional, tmp_path, request_for(files, "sdedit", label=label))["images"]
+            edited(conditional, tmp_path, request_for(files, "sdedit", asked={"label": label}))[
+                "images"
+            ]
             for label in (0, 0, 2)
         )
         np.testing.assert_array_equal(first, same)
@@ -245,7 +248,7 @@ class TestRefusals:
             ("sdedit", {"strength": 0.0}, "--strength=0.0"),
             ("interpolate", {"strength": 1.5}, "--strength=1.5"),
             ("interpolate", {"images": "three.npz"}, "3 images; give pairs"),
-            ("sdedit", {"label": 0}, "no classes; leave --class out"),
+            ("sdedit", {"asked": {"label": 0}}, "no class; leave --class out"),
         ],
     )
     def test_of_what_does_not_fit(self, model, files, tmp_path, edit, fields, named):
@@ -260,7 +263,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("label", [None, -1, 3])
     def test_of_no_class_or_an_unknown_one(self, make, files, tmp_path, label):
-        request = request_for(files, "sdedit", label=label)
+        request = request_for(files, "sdedit", asked=with_label(label))
         assert "0 to 2" in self.refuses(make(num_classes=3), request, tmp_path / "out.png")
 
     def test_of_resampling_a_multistep_method(self, make, files, tmp_path):

@@ -18,6 +18,7 @@ from command import Run
 from PIL import Image, ImageSequence
 
 from jax_ddpm import factory, images
+from jax_ddpm.conditions.label import with_label
 from jax_ddpm.errors import UserError
 from jax_ddpm.inference import trained
 from jax_ddpm.inference.sampling import write_folder, write_npz, write_samples
@@ -390,7 +391,7 @@ class TestKinds:
 
     @pytest.mark.parametrize("label", [None, 2])
     def test_npz_says_which_class_each_image_is_of(self, model, tmp_path, label):
-        write_samples(model, tmp_path / "file.npz", 7, label=label)
+        write_samples(model, tmp_path / "file.npz", 7, request=with_label(label))
         with np.load(tmp_path / "file.npz") as arrays:
             assert arrays["images"].shape == (7, 4, 4, 1)
             classes = [0, 1, 2, 0, 1, 2, 0] if label is None else [2] * 7
@@ -406,7 +407,7 @@ class TestKinds:
             assert arrays["images"].shape == (5, 4, 4, 3)
 
     def test_one_class_and_all_agree_where_they_meet(self, model, expected, tmp_path):
-        write_samples(model, tmp_path / "folder", 11, label=1)
+        write_samples(model, tmp_path / "folder", 11, request={"label": 1})
         np.testing.assert_array_equal(load(tmp_path / "folder")[1::3], expected[1::3])
 
     def test_seeds_differ(self, model, expected, tmp_path):
@@ -533,7 +534,7 @@ class TestRefusals:
         ("other", "request_", "named"),
         [
             ({}, {"seed": 1}, "seed 0, not 1"),
-            ({}, {"label": 1}, "class None, not 1"),
+            ({}, {"request": {"label": 1}}, "class None, not 1"),
             ({"step": 8}, {}, "checkpoint_step 4, not 8"),
             ({"item": "params"}, {}, "parameters 'ema', not 'params'"),
             ({"shift": 0.01}, {}, "sha256"),
@@ -553,7 +554,7 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["folder", "file.npz", "grid.png"])
     @pytest.mark.parametrize("label", [-1, 3])
     def test_of_unknown_classes(self, model, tmp_path, name, label):
-        assert "0 to 2" in self.refuses(model, tmp_path / name, label=label)
+        assert "0 to 2" in self.refuses(model, tmp_path / name, request={"label": label})
 
     @pytest.mark.parametrize("moments", [1, 4])
     def test_of_folders_named_like_files(self, model, tmp_path, moments):

@@ -219,7 +219,7 @@ class TestSample:
     @pytest.mark.parametrize("number", [3, 9])
     def test_is_so_for_a_batch_size_of_ones_own(self, run, tmp_path, number):
         """A batch size larger than the number of samples is one."""
-        write_samples(run, tmp_path / "file.npz", number, label=7, batch_size=4)
+        write_samples(run, tmp_path / "file.npz", number, request={"label": 7}, batch_size=4)
         with np.load(tmp_path / "file.npz") as arrays:
             samples = run.sample(number, label=7, batch_size=4)
             np.testing.assert_array_equal(arrays["images"], samples)
@@ -243,7 +243,9 @@ class TestSample:
         assert len(traces) == before
 
     def test_of_unknown_classes_is_refused(self, run):
-        with pytest.raises(UserError, match="label=10: this model has classes 0 to 9"):
+        with pytest.raises(
+            UserError, match="label=10: it must be one of this model's classes, 0 to 9"
+        ):
             run.sample(4, label=10)
 
     def test_of_raw_parameters_differs(self, workdir, run):

@@ -11,6 +11,7 @@ A ``UserError`` explains a mistake in one line, which names arguments as they ar
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import os
@@ -26,6 +27,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from jax_ddpm.api.arguments import in_python, require
+from jax_ddpm.conditions.label import with_label
 from jax_ddpm.config.reading import Named, read_config
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.denoiser import Denoiser
@@ -135,9 +137,10 @@ class Run(Trained):
         seed: int = 0,
         label: int | None = None,
         batch_size: int | None = None,
+        **request: Any,
     ) -> UInt8[np.ndarray, "n h w c"]:
         """Samples as arrays: see ``Trained.sample``."""
-        return super().sample(num_samples, seed, label, batch_size)
+        return super().sample(num_samples, seed, label, batch_size, **request)
 
     @_checked
     def write_samples(
@@ -150,10 +153,12 @@ class Run(Trained):
         moments: int = 1,
         *,
         poll: Poll = never,
+        **request: Any,
     ) -> pathlib.Path:
         """Samples into files, by default ``samples.png`` in the workdir.
 
         See ``inference.sampling.write_samples``; ``moments`` > 1 shows how each image is made.
+        ``request`` is as in ``sample``.
         """
         from jax_ddpm.inference import sampling
 
@@ -163,7 +168,7 @@ class Run(Trained):
             path,
             num_samples,
             seed=seed,
-            label=label,
+            request=request | with_label(label),
             batch_size=batch_size,
             moments=moments,
             poll=poll,
@@ -187,8 +192,8 @@ class Run(Trained):
           images: a folder of images, an ``.npz``, or uint8 ``[n, height, width, channels]``.
           edit: "inpaint", "colourise", "superres", "sdedit", "interpolate" or "encode".
           mask: for "inpaint", a PNG, white where images are made anew, or an array, True there.
-          settings: ``num_samples``, ``factor``, ``strength``, ``jump_length``, ``resamplings`` and
-            ``label`` of ``inference.edits.Request``.
+          settings: ``num_samples``, ``factor``, ``strength``, ``jump_length`` and ``resamplings``
+            of ``inference.edits.Request``; ``label`` and what else the model is told.
         """
         from jax_ddpm.inference import edits
 
@@ -406,7 +411,11 @@ def _request(
     def read(given: Path | np.ndarray) -> pathlib.Path | np.ndarray:
         return pathlib.Path(given) if isinstance(given, str | os.PathLike) else np.asarray(given)
 
-    return Request(edit, read(images), mask=None if mask is None else read(mask), **settings)
+    own = {field.name for field in dataclasses.fields(Request)}
+    asked = {k: v for k, v in settings.items() if k not in own and v is not None}
+    settings = {k: v for k, v in settings.items() if k in own}
+    mask = None if mask is None else read(mask)
+    return Request(edit, read(images), mask=mask, asked=asked, **settings)
 
 
 def _source(config: Config | None, workdir: Path | None, data_path: Path | None) -> Source | None:

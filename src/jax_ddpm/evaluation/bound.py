@@ -61,7 +61,7 @@ def measure_bound(
 
     Fewer than the split's size are picked at random, always the same. The noise depends only on the
     example's place in the split and t, so the same parameters give the same number whatever the
-    batches and devices. A class-conditional model gets the labels.
+    batches and devices. A conditional model is told the truth.
     """
     model = trained.model
     count = min(num_examples, source.spec.split_sizes[split])

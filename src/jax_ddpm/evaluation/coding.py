@@ -6,7 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Float, Float64
 
 from jax_ddpm import images
 from jax_ddpm.data.plan import batch_indices
@@ -70,7 +70,7 @@ def progressive_decoding(
 
 
 def decoding_picture(
-    trained: Trained, x0: Float[Array, "batch h w c"], labels: Int[np.ndarray, " batch"]
+    trained: Trained, x0: Float[Array, "batch h w c"], conditioning: Conditioning
 ) -> Float[np.ndarray, "n h w c"]:
     """Images at twelve moments of their transmission, evenly spaced in t, as rows of thirteen.
 
@@ -86,22 +86,23 @@ def decoding_picture(
         return progressive_decoding(model.chain, denoiser, x0, times, key, conditioning)
 
     denoiser = model.denoiser(trained.params)
-    xt, decoded = decode(denoiser, x0, _given(trained, labels))
+    xt, decoded = decode(denoiser, x0, conditioning)
     rows = jnp.stack([jnp.concatenate([part, x0[None]]) for part in (xt, decoded)])
     return np.asarray(rows.transpose(2, 0, 1, 3, 4, 5).reshape(-1, *x0.shape[1:]))
 
 
 def interpolation_picture(
-    trained: Trained, pair: Float[Array, "2 h w c"], label: int
+    trained: Trained, pair: Float[Array, "2 h w c"], conditioning: Conditioning
 ) -> Float[np.ndarray, "n h w c"]:
     """Two images mixed in x_t, from coarse to fine: in four rows t = T, ¾T, ½T, ¼T.
 
-    A row of nine goes from one to the other, with their own reconstructions at its ends.
+    A row of nine goes from one to the other, with their own reconstructions at its ends. All have
+    the ``conditioning`` of one example.
     """
     model, num_timesteps = trained.model, trained.model.chain.num_timesteps
     weights = jnp.linspace(0, 1, 9)
     key = stream_key(jax.random.key(0), Stream.CODING)
-    given = _given(trained, np.full(len(weights), label, np.int32))
+    given = jax.tree.map(lambda x: np.repeat(x, len(weights), axis=0), conditioning)
     rows = []
     for quarters in (4, 3, 2, 1):
         start = max(1, num_timesteps * quarters // 4) - 1
@@ -124,14 +125,11 @@ def draw_coding(trained: Trained, source: Source, split: str, stem: pathlib.Path
     batch = source.batch(split, batch_indices(0, 0, size, size)[:_CANDIDATES])
     x0 = images.from_levels(jnp.asarray(batch["image"]), source.spec.num_levels)
     labels = batch.get("label", np.zeros(len(x0), np.int32))
-    decoding = decoding_picture(trained, x0[:4], labels[:4])
+    given = trained.model.conditions.given(batch)
+    decoding = decoding_picture(trained, x0[:4], jax.tree.map(lambda x: x[:4], given))
     columns = len(decoding) // (2 * len(x0[:4]))
     images.save_grid(stem.with_name(f"{stem.name}_decoding.png"), decoding, columns)
-    label = int(np.bincount(labels).argmax())
-    pair = np.resize(np.flatnonzero(labels == label), 2)
-    rows = interpolation_picture(trained, x0[pair], label)
+    pair = np.resize(np.flatnonzero(labels == np.bincount(labels).argmax()), 2)
+    first = jax.tree.map(lambda x: x[pair[:1]], given)
+    rows = interpolation_picture(trained, x0[pair], first)
     images.save_grid(stem.with_name(f"{stem.name}_interpolation.png"), rows, columns=9)
-
-
-def _given(trained: Trained, labels: Int[np.ndarray, " batch"]) -> Conditioning:
-    return {"label": jnp.asarray(labels)} if trained.model.num_classes else {}

@@ -138,7 +138,7 @@ def _of_examples(what: Evaluation, count: int) -> dict[str, Any]:
         "split": what.split,
         "num_examples": count,
         "num_levels": source.spec.num_levels,
-        "given": "label" if trained.model.num_classes else None,
+        "given": ", ".join(trained.model.conditions.names) or None,
     }
 
 

@@ -83,7 +83,7 @@ def sample_set(
         )
 
     everything = np.arange(num_parts * size, dtype=np.int32)
-    return ImageSet(identity, everything.size, read, generator.labels(everything))
+    return ImageSet(identity, everything.size, read, generator.asked(everything).get("label"))
 
 
 def split_set(source: Source, split: str) -> ImageSet:

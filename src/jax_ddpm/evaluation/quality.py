@@ -89,7 +89,8 @@ def measure_quality(
 
     protocol = _protocol(what, metrics, extractor, features)
     count = what.num_samples or (files.count if files else 0)
-    labelled = files.labels is not None if files else what.model().model.label_classes > 0
+    conditions = () if files else what.model().model.sampling_conditions.names
+    labelled = files.labels is not None if files else "label" in conditions
     check_possible(metrics, protocol, count, labelled)
     real_sets = _calibration_sets(what, count) if what.calibrate else {}
 

@@ -37,7 +37,7 @@ def split_terms(
 
     The examples come in a random order, always the same, each once. The key of an example depends
     only on its place in the split, so that its terms are the same whatever the batches and devices.
-    A class-conditional model gets the labels. ``identity`` names the computation.
+    A conditional model is told the truth. ``identity`` names the computation.
     """
     size = source.spec.split_sizes[split]
     order = batch_indices(0, 0, size, size)
@@ -49,8 +49,7 @@ def split_terms(
 
     def of_batch(denoiser, index, batch):
         x0 = from_levels(batch["image"], model.spec.num_levels)
-        given = {"label": batch["label"]} if model.num_classes else {}
-        return terms(denoiser, x0, example_keys(key, index), given)
+        return terms(denoiser, x0, example_keys(key, index), model.conditions.given(batch))
 
     of_batch = compile_over(of_batch, (whole(mesh), *[over(mesh)] * 2), over(mesh))
 

@@ -46,9 +46,8 @@ def estimate_x0_error(
 
     def summed(denoiser, index, mask, batch):
         x0 = from_levels(batch["image"], model.spec.num_levels)
-        given = {"label": batch["label"]} if model.num_classes else {}
         t, keys = jnp.asarray(times, x0.dtype), example_keys(key, index)
-        found = x0_error(model.process, denoiser, x0, t, keys, given)
+        found = x0_error(model.process, denoiser, x0, t, keys, model.conditions.given(batch))
         return jnp.sum(jnp.where(mask[None], found, 0), axis=1)
 
     run = compile_over(summed, (whole(mesh), *[split(mesh)] * 3), whole(mesh))

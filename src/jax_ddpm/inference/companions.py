@@ -57,7 +57,7 @@ def load_companions(
         return companions._replace(guide=model.denoiser(params, clip=False))
     assert isinstance(model, NoisyImageClassifier)
     classifier = NoisyClassifier(params, model.network.apply, model.parameterisation)
-    return companions._replace(guide=classifier, num_classes=model.num_classes)
+    return companions._replace(guide=classifier, class_names=guide_spec.class_names)
 
 
 def x0_error_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:

@@ -56,7 +56,7 @@ class Request:
         from images with the noise level of the first of them.
       jump_length, resamplings: for the edits that know a part of the image, see
         ``diffusion.editing.resampled``.
-      label: the class, of a conditional model.
+      asked: what the model is told, by the names of its conditions, such as ``label``.
     """
 
     edit: str
@@ -67,11 +67,7 @@ class Request:
     strength: float = 0.5
     jump_length: int = 10
     resamplings: int = 1
-    label: int | None = None
-
-    def conditioning(self, number: int) -> Conditioning:
-        """The label of ``number`` images."""
-        return {} if self.label is None else {"label": jnp.full(number, self.label, jnp.int32)}
+    asked: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Edit(NamedTuple):
@@ -149,7 +145,8 @@ def _prepare(model: Model, request: Request) -> tuple[Edit, Float[Array, "n h w 
     if request.edit not in EDITS:
         near = did_you_mean(str(request.edit), EDITS)
         raise UserError(f"--edit={request.edit}: it must be one of {', '.join(EDITS)}{near}")
-    _check_label(model, request.label)
+    model.sampling_conditions.require_all(request.asked)
+    _conditioning(model, request, 1)
     try:
         edit = EDITS[request.edit](model, request)
     except ValueError as error:
@@ -215,7 +212,7 @@ def _draw(
 def _sampled(
     model: Model, request: Request, sampler: Sampler, denoiser: Denoiser, x: Array, keys: Any
 ) -> dict[str, Array]:
-    given, self_condition = request.conditioning(len(x)), model.self_condition
+    given, self_condition = _conditioning(model, request, len(x)), model.self_condition
     x, _ = sample(sampler, denoiser, x, keys, given, self_condition=self_condition)
     return {"images": x[:, None]}
 
@@ -281,7 +278,7 @@ def _interpolate(model: Model, request: Request) -> Edit:
 
     def draw(denoiser, given, prior_keys, step_keys):
         def row(pair, key):
-            conditioning = request.conditioning(len(weights))
+            conditioning = _conditioning(model, request, len(weights))
             return interpolate(sampler, denoiser, grid.process, pair, weights, key, conditioning)
 
         return {"images": jax.vmap(row)(given, prior_keys)}
@@ -297,7 +294,7 @@ def _encode(model: Model, request: Request) -> Edit:
     process, times = model.sampling_process, model.grid().now.time[::-1]
 
     def draw(denoiser, given, prior_keys, step_keys):
-        conditioning = request.conditioning(len(given))
+        conditioning = _conditioning(model, request, len(given))
         noise = encoding.encode(ddim, process, times, denoiser, given[:, 0], conditioning)
         back = encoding.decode(ddim, process, times, denoiser, noise, conditioning)
         return {"noise": noise[:, None], "images": back[:, None]}
@@ -321,12 +318,9 @@ def _num_last_steps(model: Model, strength: float) -> int:
     return max(1, round(strength * model.grid().num_steps))
 
 
-def _check_label(model: Model, label: int | None) -> None:
-    classes = model.label_classes
-    if label is not None and not classes:
-        raise UserError(f"--class={label}: this model has no classes; leave --class out")
-    if classes and (label is None or not 0 <= label < classes):
-        raise UserError(f"--class: give one of this model's classes, 0 to {classes - 1}")
+def _conditioning(model: Model, request: Request, number: int) -> Conditioning:
+    """That of ``number`` images, all the same."""
+    return model.sampling_conditions.asked(request.asked, np.zeros(number, np.int32))
 
 
 def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:

@@ -4,13 +4,14 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from jax_ddpm import images
+from jax_ddpm.conditions.condition import NO_REQUEST
 from jax_ddpm.errors import UserError
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.distributed import from_first, is_first
@@ -29,7 +30,7 @@ def write_samples(
     num_samples: int,
     *,
     seed: int = 0,
-    label: int | None = None,
+    request: Mapping[str, Any] = NO_REQUEST,
     batch_size: int | None = None,
     moments: int = 1,
     poll: Poll = never,
@@ -56,15 +57,15 @@ def write_samples(
     size = min(batch_size or trained.config.sampling.batch_size, num_samples)
     generator = trained.generator(size, moments)
     everything = np.arange(num_samples, dtype=np.int32)
-    labels = generator.labels(everything, label)
+    labels = generator.asked(everything, request).get("label")
     if film or out.suffix == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass  # refused now, not when all is drawn
 
-    columns = generator.columns(num_samples, label)
+    columns = generator.columns(num_samples, request)
     if film or moments > 1:
-        x, x0 = generator.snapshots(trained.params, seed, num_samples, label, poll)
+        x, x0 = generator.snapshots(trained.params, seed, num_samples, request, poll)
         if film:
             images.save_gif(out, x, columns)
             return
@@ -72,15 +73,16 @@ def write_samples(
         images.save_grid(out, pairs.reshape(-1, *x.shape[2:]), columns=moments)
         return
     if out.suffix == ".png":
-        x = generator(trained.params, seed, num_samples, label, poll)
+        x = generator(trained.params, seed, num_samples, request, poll)
         images.save_grid(out, x, columns)
         return
 
     def draw(starts):
-        for start, batch in generator.draw(trained.params, seed, starts, label, poll):
+        for start, batch in generator.draw(trained.params, seed, starts, request, poll):
             yield start, images.to_uint8(np.asarray(batch.x[-1]))
 
-    record = trained.record | {"seed": seed, "class": label}
+    noted = trained.model.sampling_conditions.noted(request)
+    record = trained.record | {"seed": seed, "class": None} | noted
     if out.suffix == ".npz":
         write_npz(out, draw, generator.batch_size, num_samples, record, labels)
     else:

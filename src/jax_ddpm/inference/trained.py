@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images, options
+from jax_ddpm.conditions.label import with_label
 from jax_ddpm.config import default
 from jax_ddpm.config.validation import validate_sampling
 from jax_ddpm.data.source import Spec
@@ -81,14 +82,17 @@ class Trained:
         seed: int = 0,
         label: int | None = None,
         batch_size: int | None = None,
+        **request: Any,
     ) -> UInt8[np.ndarray, "n h w c"]:
-        """Samples 0, …, num_samples-1 of the seed; sample i depends only on (seed, i, label).
+        """Samples 0, …, num_samples-1 of the seed; sample i depends only on (seed, i, request).
 
         Without a label the classes of a conditional model take turns. A batch has ``batch_size``
-        images, by default that of ``config.sampling``, and at most ``num_samples``.
+        images, by default that of ``config.sampling``, and at most ``num_samples``. ``request``
+        holds what else the model is told, by the names of its conditions.
         """
         size = min(num_samples, batch_size or self.config.sampling.batch_size)
-        return images.to_uint8(self.generator(size)(self.params, seed, num_samples, label))
+        request |= with_label(label)
+        return images.to_uint8(self.generator(size)(self.params, seed, num_samples, request))
 
 
 def read(

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory
+from jax_ddpm.conditions.condition import Conditions
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
 from jax_ddpm.diffusion.likelihood import ModelVariance, bound_term
@@ -39,8 +39,8 @@ class DiffusionObjective:
       num_levels: the levels of the data, for scaling to [-1, 1] and for the discrete decoder.
       self_condition: whether half of the examples get the network's first estimate of them (Chen et
         al. 2023, Analog bits, algorithm 1), and the others 0.
-      label_drop: share of labels replaced by the null label; None without labels.
-      augment: whether flips, dropout and label drop happen: False when measuring.
+      conditions: what the network is told of a batch.
+      augment: whether flips, dropout and drops of conditions happen: False when measuring.
     """
 
     apply: Callable
@@ -52,7 +52,7 @@ class DiffusionObjective:
     bound_weight: float
     num_levels: int
     flip: bool
-    label_drop: float | None
+    conditions: Conditions
     self_condition: bool = False
     augment: bool = True
 
@@ -88,7 +88,8 @@ class DiffusionObjective:
             )
             return self.apply(params["network"], x, time, conditioning, dropout_keys)
 
-        conditioning = self._conditioning(batch, keys)
+        told = self.conditions
+        conditioning = told.training(batch, keys) if self.augment else told.given(batch)
         if self.self_condition:
             first = self.parameterisation.to_prediction(network(conditioning), xt, t).x0
             conditioning[X0_ESTIMATE] = self._told(jax.lax.stop_gradient(first), keys)
@@ -102,15 +103,6 @@ class DiffusionObjective:
         if not (self.flip and self.augment):
             return x0
         return augmentation.flip(keys.per_example(Stream.FLIP), x0)
-
-    def _conditioning(self, batch: dict[str, Array], keys: StepKeys) -> Conditioning:
-        if self.label_drop is None:
-            return {}
-        conditioning = {"label": batch["label"]}
-        if self.augment:
-            coin = partial(jax.random.bernoulli, p=self.label_drop)
-            conditioning["label_drop"] = jax.vmap(coin)(keys.per_example(Stream.LABEL_DROP))
-        return conditioning
 
     def _told(self, estimate: Array, keys: StepKeys) -> Array:
         """The estimate for half of the examples, 0 for the others; for all when measuring."""
@@ -158,7 +150,7 @@ def _recipe(config: ConfigDict, model: factory.Model, read: Read) -> Recipe:
         bound_weight=config.loss.bound_weight,
         num_levels=model.spec.num_levels,
         flip=config.data.flip,
-        label_drop=config.training.label_drop if model.num_classes else None,
+        conditions=model.conditions,
         self_condition=model.self_condition,
     )
     return one_network(config, model.network, objective)

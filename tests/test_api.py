@@ -376,7 +376,7 @@ class TestInPython:
         arguments.require({"label": None, "batch_size": None, "step": None})
         with pytest.raises(UserError, match="--seed=None: it must be a whole number"):
             arguments.require({"seed": None})
-        with pytest.raises(UserError, match="--class=True: it must be a whole number"):
+        with pytest.raises(UserError, match="--class=True: it must be a name or a number"):
             arguments.require({"label": True})
 
 

@@ -126,6 +126,7 @@ class Option(NamedTuple):
             raise Unfit(name, value, self.range.must_be)
 
 
+NAME_OR_NUMBER: Any = int | float | str
 _KINDS = {
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
@@ -134,6 +135,7 @@ _KINDS = {
     pathlib.Path: (str | os.PathLike, "a path"),
     tuple: (tuple | list, "a list"),
     list: (tuple | list | str, "names, in a list or a line"),
+    NAME_OR_NUMBER: (Real | str, "a name or a number"),
 }
 
 

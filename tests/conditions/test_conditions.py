@@ -15,8 +15,8 @@ import tiny
 
 from jax_ddpm import factory
 from jax_ddpm.conditions.condition import Conditions
-from jax_ddpm.conditions.label import Label, label
-from jax_ddpm.data.source import ArraySource
+from jax_ddpm.conditions.label import Label, class_number, known_classes, label
+from jax_ddpm.data.source import image_spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
 from jax_ddpm.keys import StepKeys, Stream
@@ -160,7 +160,11 @@ class TestJoined:
         ("request_", "line"),
         [
             ({"colour": "red"}, "--colour=red: this model is told no colour; leave --colour out"),
-            ({"label": 3}, "--class=3: it must be one of this model's classes, 0 to 2"),
+            (
+                {"label": "dig"},
+                "--class=dig: it must be one of this model's classes, cat, dog, owl, or 0 to 2; "
+                "did you mean dog?",
+            ),
         ],
     )
     def test_what_it_cannot_be_told_is_one_line(self, request_, line):
@@ -170,7 +174,7 @@ class TestJoined:
 
     def test_what_is_missing_is_one_line(self):
         ALL.require_all(REQUEST | {"label": 0})
-        with pytest.raises(UserError, match=r"^--class: give one of this model's classes, 0 to 2$"):
+        with pytest.raises(UserError, match=r"^--class: give one of .* cat, dog, owl, or 0 to 2$"):
             ALL.require_all(REQUEST)
         with pytest.raises(UserError, match=r"^--small: give a small image$"):
             Conditions(TOYS).require_all({"caption": "", "size": 2})
@@ -264,17 +268,11 @@ def test_a_network_that_cannot_be_told_is_one_line(monkeypatch):
 
 
 class TestLabel:
-    SOURCE = ArraySource(
-        {"train": {"image": np.zeros((4, *SHAPE), np.uint8), "label": np.arange(4) % 3}},
-        256,
-        "grey",
-    )
-
     def test_is_there_for_conditional_models(self):
-        told = label(tiny.config(model__class_conditional=True), self.SOURCE.spec)
+        told = label(tiny.config(model__class_conditional=True), tiny.spec())
         assert told is not None
         assert told.attributes == {"num_classes": 3}
-        assert label(tiny.config(), self.SOURCE.spec) is None
+        assert label(tiny.config(), tiny.spec()) is None
 
     @pytest.mark.parametrize("drop", [0.0, 0.3, 1.0])
     def test_is_dropped_as_often_as_it_says(self, drop):
@@ -290,3 +288,35 @@ class TestLabel:
         np.testing.assert_array_equal(told.asked({"label": 1}, index)["label"], [1, 1, 1])
         for request in ({}, {"label": 1}):
             assert told.asked(request, index)["label"].dtype == np.int32
+
+    @pytest.mark.parametrize("value", ["b", 1, "1", np.int64(1)])
+    def test_a_class_has_a_name_and_a_number(self, value):
+        told, index = Label(("a", "b", "c")), np.arange(2, dtype=np.int32)
+        assert_same(told.asked({"label": value}, index), {"label": np.ones(2, np.int32)})
+        assert told.noted({"label": value}) == {"class": 1}
+
+    @pytest.mark.parametrize("value", [-1, 3, "3", "-1", "B", "", 1.0, "1.0", None, True])
+    def test_nothing_else_is_a_class(self, value):
+        assert class_number(("a", "b", "c"), value) is None
+
+    def test_text_is_a_name_before_it_is_a_number(self):
+        names = tuple(sorted(map(str, range(1, 12))))  # folders: "1", "10", "11", "2", …
+        assert class_number(names, "10") == 1
+        assert class_number(names, 10) == 10
+        assert class_number(names, "0") == 0
+
+    def test_a_few_of_many_classes_are_told(self):
+        names = [f"class {i}" for i in range(1000)]
+        told = known_classes(names, "clas 500")
+        assert told.startswith("class 0, class 1, ")
+        assert told.endswith("class 19, …, or 0 to 999; did you mean class 500?")
+
+    @pytest.mark.parametrize("value", ["dog", 1, "1"])
+    def test_negative_class_by_name_or_number(self, value):
+        fields = {"model__class_conditional": True, "sampling__negative_class": value}
+        spec = image_spec(SHAPE, 256, 3, {"train": 4}, "animals", ("cat", "dog", "owl"))
+        told = label(tiny.config(**fields), spec)
+        assert_same(told.negative(), {"label": np.array([1])})
+        fields["sampling__negative_class"] = "dok"
+        with pytest.raises(UserError, match=r"negative_class is 'dok'; .*did you mean dog\?"):
+            label(tiny.config(**fields), spec)

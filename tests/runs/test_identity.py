@@ -11,6 +11,7 @@ from jax_ddpm.config import default
 from jax_ddpm.config.validation import validate
 from jax_ddpm.data.source import Field, image_spec
 from jax_ddpm.errors import UserError
+from jax_ddpm.options import NAME_OR_NUMBER
 from jax_ddpm.runs.identity import differences, load_identity, require_same_run, save_identity
 
 
@@ -51,7 +52,8 @@ def another(field):
     value = FIELDS[field]
     if value is None:  # a placeholder
         section, name = field.split(".")
-        return default()[section].get_type(name)(3)
+        kind = default()[section].get_type(name)
+        return "3" if kind is NAME_OR_NUMBER else kind(3)
     if field == "training.decay":
         return "cosine"
     if field == "modules":

@@ -5,8 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jax_ddpm.conditions.condition import FLAGS
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import (
+    NAME_OR_NUMBER,
     OneOf,
     Option,
     at_least,
@@ -36,7 +38,9 @@ ARGUMENTS = {
     "sample_batch": Option(
         "Images at a time; by default as in the run's config.", at_least(1), kind=int
     ),
-    "class": Option("Class to sample; all in turn by default.", kind=int),
+    "class": Option(
+        "Class to sample, by its name or its number; all in turn by default.", kind=NAME_OR_NUMBER
+    ),
     "seed": Option("Seed of the samples.", between(0, 2**32 - 1), 0),
     "progressive": Option("Show each image at this many moments of its making.", at_least(1), 1),
     "out": Option(
@@ -99,7 +103,7 @@ ARGUMENTS = {
     ),
 }
 _IN_PYTHON = {
-    "class": "label",
+    **{flag: name for name, flag in FLAGS.items()},
     "sample_batch": "batch_size",
     "progressive": "moments",
     "checkpoint_step": "step",

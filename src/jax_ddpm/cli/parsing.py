@@ -13,7 +13,10 @@ from ml_collections import ConfigDict, config_flags
 from jax_ddpm.api.arguments import check, python_name
 from jax_ddpm.cli.flags import FLAGS, MODES, OF_A_JOB, define
 from jax_ddpm.errors import UserError
-from jax_ddpm.options import did_you_mean, kind_of, words_for
+from jax_ddpm.options import NAME_OR_NUMBER, did_you_mean, kind_of, words_for
+
+# Any text: numbers among it are told apart once the names are known.
+config_flags.register_flag_parser_for_type(NAME_OR_NUMBER, flags.ArgumentParser())
 
 _HELP = {"--help", "-help", "--helpfull", "--helpshort", "-h", "-?"}
 _OVERRIDE = re.compile(r"--?(?:no)?(config|sampling)(?:\.([^=]*))?(?:=|$)")

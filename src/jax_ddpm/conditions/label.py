@@ -14,7 +14,9 @@ from jax_ddpm.data.source import Spec
 from jax_ddpm.diffusion.denoiser import Conditioning
 from jax_ddpm.errors import UserError
 from jax_ddpm.keys import StepKeys, Stream
-from jax_ddpm.options import require
+from jax_ddpm.options import did_you_mean, require
+
+_MOST_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,10 @@ class Label:
             return None
         number = class_number(self.class_names, request["label"])
         if number is None:
-            raise UserError(f"--class={request['label']}: it must be {self.must_be}")
+            known = known_classes(self.class_names, request["label"])
+            raise UserError(
+                f"--class={request['label']}: it must be one of this model's classes, {known}"
+            )
         return number
 
 
@@ -96,28 +101,38 @@ def label(config: ConfigDict, spec: Spec) -> Label | None:
         lambda value: not value or spec.num_classes > 0,
         "False: this data has no labels",
     )
-    negative = config.sampling.negative_class
+    negative = class_number(spec.class_names, config.sampling.negative_class)
+    known = known_classes(spec.class_names, config.sampling.negative_class)
     require(
         config,
         "sampling.negative_class",
-        lambda value: value is None or class_number(spec.class_names, value) is not None,
-        f"one of this data's classes, {known_classes(spec.class_names)}",
+        lambda value: value is None or negative is not None,
+        f"one of this data's classes, {known}",
     )
     if not config.model.class_conditional:
         return None
     return Label(spec.class_names, config.training.label_drop, negative)
 
 
-def with_label(label: int | None) -> dict[str, Any]:
+def with_label(label: int | str | None) -> dict[str, Any]:
     """The request for a class, or for none in particular."""
     return {} if label is None else {"label": label}
 
 
-def class_number(names: Sequence[str], value: int) -> int | None:
-    """The number of a class; None where there is no such class."""
-    return value if 0 <= value < len(names) else None
+def class_number(names: Sequence[str], value: Any) -> int | None:
+    """The number of a class by its name, or by its number; None where there is no such class.
+
+    Text that is a name is that name, even where it looks like the number of another class.
+    """
+    if value in names:
+        return names.index(value)
+    return int(value) if str(value).isdecimal() and int(value) < len(names) else None
 
 
-def known_classes(names: Sequence[str]) -> str:
-    """All classes in words."""
-    return f"0 to {len(names) - 1}"
+def known_classes(names: Sequence[str], value: Any = None) -> str:
+    """All classes in words, and the name that is nearest to ``value``."""
+    numbers = f"0 to {len(names) - 1}"
+    if all(name == str(number) for number, name in enumerate(names)):
+        return numbers
+    shown = ", ".join([*names[:_MOST_SHOWN], *["…"] * (len(names) > _MOST_SHOWN)])
+    return f"{shown}, or {numbers}{did_you_mean(str(value), names)}"

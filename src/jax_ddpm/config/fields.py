@@ -15,6 +15,7 @@ from jax_ddpm.diffusion.thresholding import ThresholdedDenoiser
 from jax_ddpm.errors import UserError
 from jax_ddpm.models.table import CLASSIFIERS, NETWORKS
 from jax_ddpm.options import (
+    NAME_OR_NUMBER,
     OneOf,
     Option,
     Where,
@@ -210,5 +211,7 @@ _SAMPLING = {
     "guidance_rescale": options.of(RescaledGuidance)["phi"]._replace(default=0.0),
     "guide": Option("Workdir of the classifier, or of the worse model.", default=""),
     "guide_step": Option("Of its checkpoint; 0: the newest.", default=0),
-    "negative_class": Option("To be guided away from.", kind=int),
+    "negative_class": Option(
+        "To be guided away from, by its name or its number.", kind=NAME_OR_NUMBER
+    ),
 }

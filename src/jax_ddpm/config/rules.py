@@ -256,7 +256,7 @@ def check_guidance(config: ConfigDict) -> None:
     require(
         config,
         "sampling.negative_class",
-        lambda value: value is None or not (without or value < 0),
+        lambda value: value is None or not (without or str(value).startswith("-")),
         "left out: it is for guidance=classifier_free with a scale beyond 0 and 1"
         if without
         else "a class of the data",

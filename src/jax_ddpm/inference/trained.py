@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory, images, options
-from jax_ddpm.conditions.label import with_label
+from jax_ddpm.conditions.label import class_number, with_label
 from jax_ddpm.config import default
 from jax_ddpm.config.validation import validate_sampling
 from jax_ddpm.data.source import Spec
@@ -80,7 +80,7 @@ class Trained:
         self,
         num_samples: int,
         seed: int = 0,
-        label: int | None = None,
+        label: int | str | None = None,
         batch_size: int | None = None,
         **request: Any,
     ) -> UInt8[np.ndarray, "n h w c"]:
@@ -110,6 +110,9 @@ def read(
     if not task_of(config).draws:
         raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
     _override(config, sampling)
+    negative = class_number(spec.class_names, config.sampling.negative_class)
+    if negative is not None:  # samples have one record, whether by its name or its number
+        config.sampling.negative_class = negative
     validate_sampling(config)
     item = "params" if raw else "ema"
     step, params = served(workdir, config, step, item)

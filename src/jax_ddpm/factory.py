@@ -14,8 +14,8 @@ from jax_ddpm.conditions.label import Label
 from jax_ddpm.conditions.table import CONDITIONS
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.data.table import SOURCES
-from jax_ddpm.diffusion import processes
-from jax_ddpm.diffusion.chain import Chain
+from jax_ddpm.diffusion import processes, time_densities
+from jax_ddpm.diffusion.chain import Chain, chain_of
 from jax_ddpm.diffusion.denoiser import Denoiser, InProcess, NetworkDenoiser
 from jax_ddpm.diffusion.guidance import (
     AutoGuidance,
@@ -33,14 +33,7 @@ from jax_ddpm.diffusion.samplers.grid import GRIDS, Grid, to_clean
 from jax_ddpm.diffusion.samplers.scan import Sampler
 from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
 from jax_ddpm.diffusion.thresholding import ClippedDenoiser, ThresholdedDenoiser
-from jax_ddpm.diffusion.time_densities import (
-    Continuous,
-    LogitNormalDensity,
-    LogNormalDensity,
-    UniformDensity,
-)
-from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS, TimeSampler
-from jax_ddpm.errors import UserError
+from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.models.network import Network, make_network
 from jax_ddpm.models.table import NETWORKS
 from jax_ddpm.options import OneOf, Table, naming, require, taken
@@ -68,12 +61,11 @@ def make_process(config: ConfigDict) -> Process:
 def make_parameterisation(config: ConfigDict) -> Parameterisation:
     """The meaning of the network's input and output, in the process of training."""
     fields, process = config.parameterisation, make_process(config)
-    length = process.num_timesteps if isinstance(process, Chain) else 1
     learned = fields.variance in ("learned", "learned_range")
     with naming("parameterisation", f"process.name={config.process.name}"):
         return Parameterisation(
             process,
-            time_scale=1000 / length,
+            time_scale=1000 / (process.num_timesteps or 1),
             variance=fields.variance if learned else "none",
             **taken(Parameterisation, fields),
         )
@@ -176,11 +168,7 @@ class Model:
         Raises:
           UserError: where the process has continuous time.
         """
-        if isinstance(self.process, Chain):
-            return self.process
-        raise UserError(
-            "this model's process is no chain: it has no bound and no coding of T steps"
-        )
+        return chain_of(self.process)
 
     def denoiser(self, params: Any, clip: bool | None = None) -> Denoiser:
         """The network with these parameters, as likelihoods see it.
@@ -244,11 +232,8 @@ def make_grid(sampling: ConfigDict, process: Process) -> Grid:
     with naming("sampling"):
         if sampling.times:
             return to_clean(process, np.array(sampling.times, float))
-        num_steps = sampling.num_steps
-        if isinstance(process, Chain):
-            num_steps = num_steps or process.num_timesteps
         name = sampling.grid or usual_grid(sampling.sampler, process)
-        return to_clean(process, GRIDS[name](process, num_steps))
+        return to_clean(process, GRIDS[name](process, sampling.num_steps or process.num_timesteps))
 
 
 def make_sampler(
@@ -269,11 +254,7 @@ def make_sampler(
 
 def make_time_sampler(config: ConfigDict, process: Process) -> TimeSampler:
     """How the times of training are drawn."""
-    name, loss = config.loss.time_sampler, config.loss
-    if isinstance(process, Chain):
-        return TIME_SAMPLERS[name](process.num_timesteps)
-    if name == "log_normal":
-        return Continuous(LogNormalDensity(loss.time_mean, loss.time_std))
-    if name == "logit_normal":
-        return Continuous(LogitNormalDensity(loss.time_mean, loss.time_std))
-    return Continuous(UniformDensity(*process.time_range), stratified=name == "stratified")
+    loss = config.loss
+    return time_densities.make_time_sampler(
+        process, loss.time_sampler, loss.time_mean, loss.time_std
+    )

@@ -13,7 +13,12 @@ from exact import GaussianDenoiser
 
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.continuous import edm, rectified_flow, ve, vp_cosine
-from jax_ddpm.diffusion.optimal_variance import X0Error, optimal_variance, x0_error
+from jax_ddpm.diffusion.optimal_variance import (
+    X0Error,
+    optimal_variance,
+    visited_times,
+    x0_error,
+)
 from jax_ddpm.diffusion.process import ALL_NOISE
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.grid import GRIDS, to_clean
@@ -40,6 +45,23 @@ def exact_error(process, times, var=VAR):
     log_snr = np.append(process.log_snr(times), ALL_NOISE)
     log_snr = np.unique(np.maximum(log_snr, ALL_NOISE))
     return X0Error(log_snr, var / (np.exp(log_snr) * var + 1))
+
+
+class TestVisitedTimes:
+    @every_process
+    def test_reach_from_the_least_noise_to_where_all_is_noise(self, process):
+        times = visited_times(process)
+        log_snr = process.log_snr(times)
+        low, high = process.log_snr(np.array(process.time_range)[::-1])
+        assert np.all(log_snr >= ALL_NOISE - 1e-9)
+        np.testing.assert_allclose(log_snr.max(), high, rtol=1e-9)
+        if process.num_timesteps:
+            np.testing.assert_array_equal(times, np.arange(len(times)))
+            following = process.log_snr(np.array([float(len(times))]))[0]
+            assert len(times) == process.num_timesteps or following < ALL_NOISE
+        else:
+            np.testing.assert_allclose(log_snr.min(), max(low, ALL_NOISE), rtol=1e-9)
+            assert len(times) >= 100
 
 
 class TestX0Error:

@@ -2,11 +2,13 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.process import ALL_NOISE
+from jax_ddpm.diffusion.process import ALL_NOISE, corrupt, noise_between, prior
 from jax_ddpm.diffusion.processes import CONTINUOUS, PROCESSES, make_process, over_the_range_of
 from jax_ddpm.diffusion.schedules import SCHEDULES, make_betas
 
@@ -91,6 +93,34 @@ class TestContinuousTime:
         if name not in ("ve", "edm"):
             others |= {"sigma_min": 1.0, "sigma_max": 2.0}
         assert make_process(name, **others) == make_process(name)
+
+
+class TestNoise:
+    """What is drawn, under every kind of process."""
+
+    @pytest.fixture(params=["linear", *CONTINUOUS])
+    def process(self, request):
+        return make_process(request.param)
+
+    @pytest.fixture
+    def keys(self):
+        return jax.random.split(jax.random.key(0), 500)
+
+    def test_is_what_leads_from_x0_to_xt(self, process, keys, x64):
+        x0 = jax.random.uniform(jax.random.key(1), (500, 3))
+        t = jnp.linspace(*process.time_range, 502)[1:-1]
+        xt, eps = corrupt(process, keys, x0, t)
+        np.testing.assert_allclose(noise_between(process, x0, xt, t), eps, atol=1e-9)
+        np.testing.assert_allclose([eps.mean(), eps.std()], [0, 1], atol=5 / np.sqrt(eps.size))
+        one, _ = corrupt(process, keys[7:8], x0[7:8], t[7:8])
+        np.testing.assert_array_equal(one[0], xt[7])
+
+    def test_of_the_start_has_the_width_of_the_prior(self, process, keys):
+        x = prior(process, keys, (2, 3))
+        assert x.shape == (500, 2, 3)
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x.std() / process.prior_std, 1, atol=4 / np.sqrt(x.size))
+        np.testing.assert_array_equal(prior(process, keys[7:8], (2, 3))[0], x[7])
 
 
 class TestMistakes:

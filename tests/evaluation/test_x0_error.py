@@ -9,15 +9,10 @@ import tiny
 from exact import GaussianDenoiser
 
 from jax_ddpm.data.source import ArraySource
-from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.process import ALL_NOISE
+from jax_ddpm.diffusion.optimal_variance import visited_times
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import x0_error as module
-from jax_ddpm.evaluation.x0_error import (
-    estimate_x0_error,
-    store_x0_error,
-    visited_times,
-)
+from jax_ddpm.evaluation.x0_error import estimate_x0_error, store_x0_error
 from jax_ddpm.inference.companions import load_x0_error, x0_error_path
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.devices import make_mesh
@@ -86,24 +81,6 @@ PROCESSES = {
     "edm": {"process__name": "edm", "sampling__num_steps": 4},
 }
 every_process = pytest.mark.parametrize("fields", PROCESSES.values(), ids=PROCESSES)
-
-
-class TestVisitedTimes:
-    @every_process
-    def test_reach_from_the_least_noise_to_where_all_is_noise(self, source, fields):
-        process = make_trained(source, **fields).model.process
-        times = visited_times(process)
-        log_snr = process.log_snr(times)
-        low, high = process.log_snr(np.array(process.time_range)[::-1])
-        assert np.all(log_snr >= ALL_NOISE - 1e-9)
-        np.testing.assert_allclose(log_snr.max(), high, rtol=1e-9)
-        if isinstance(process, Chain):
-            np.testing.assert_array_equal(times, np.arange(len(times)))
-            following = process.log_snr(np.array([float(len(times))]))[0]
-            assert len(times) == process.num_timesteps or following < ALL_NOISE
-        else:
-            np.testing.assert_allclose(log_snr.min(), max(low, ALL_NOISE), rtol=1e-9)
-            assert len(times) >= 100
 
 
 class TestEstimate:

@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from jax_ddpm import factory, options
 from jax_ddpm.data.table import SOURCES
-from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.parameterisation import WITHOUT_SIGNAL
 from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.processes import CONTINUOUS, PROCESSES
@@ -169,7 +168,7 @@ def check_steps(config: ConfigDict, process: Process) -> None:
     """Checks the number of steps and the times of sampling, under the process of training."""
     sampling = config.sampling
     low, high = process.time_range
-    own_steps = isinstance(process, Chain) and not sampling.process
+    own_steps = process.num_timesteps > 0 and not sampling.process
     on_chain = (sampling.grid or usual_grid(sampling.sampler, process)) == "uniform"
     if own_steps and on_chain:
         total = config.process.num_timesteps

@@ -14,11 +14,13 @@ from jaxtyping import Array, Float
 
 from jax_ddpm.diffusion.process import (
     Posterior,
+    Process,
     Times,
     expand,
     posterior_coefficients,
     sqrt_sigmoid,
 )
+from jax_ddpm.errors import UserError
 
 # The prior N(0, I) visibly differs from q(x_T | x_0) above this many bits/dim.
 _MAX_PRIOR_BITS = 1e-3
@@ -138,6 +140,17 @@ class Chain:
     def gather(self, table: np.ndarray, t: Float[Array, "..."]) -> Float[Array, "..."]:
         """``table[t]`` at whole times, cast from float64 to t's dtype."""
         return jnp.asarray(table, t.dtype)[t.astype(jnp.int32)]
+
+
+def chain_of(process: Process) -> Chain:
+    """The process, for what only a T-step chain has.
+
+    Raises:
+      UserError: where it has continuous time.
+    """
+    if isinstance(process, Chain):
+        return process
+    raise UserError("this model's process is no chain: it has no bound and no coding of T steps")
 
 
 def _interp(x: Times, xs: np.ndarray, ys: np.ndarray) -> Times:

@@ -197,6 +197,7 @@ class ContinuousProcess:
     schedule: Schedule
     scaling: str
     time_range: tuple[float, float]
+    num_timesteps = 0
 
     @property
     def prior_std(self) -> float:

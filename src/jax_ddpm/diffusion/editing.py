@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64
 
-from jax_ddpm.diffusion.process import fold_in, per_example_normal, q_sample
+from jax_ddpm.diffusion.process import corrupt, fold_in, per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid, Levels, levels
 from jax_ddpm.diffusion.samplers.scan import Sampler
 
@@ -160,4 +160,4 @@ def perturbed(
     Fewer steps keep more of the images; what is lost is drawn again.
     """
     t = jnp.asarray(grid.now.time[0], images.dtype)
-    return q_sample(grid.process, images, t, per_example_normal(keys, images))
+    return corrupt(grid.process, keys, images, t)[0]

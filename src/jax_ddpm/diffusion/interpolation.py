@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
-from jax_ddpm.diffusion.process import Process, expand, per_example_normal, q_sample
+from jax_ddpm.diffusion.process import Process, corrupt, expand
 from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 
 
@@ -28,7 +28,7 @@ def interpolate(
     """
     t = jnp.asarray(sampler.nodes.time[0], pair.dtype)
     encode_key, decode_key = jax.random.split(key)
-    encoded = q_sample(process, pair, t, per_example_normal(jax.random.split(encode_key), pair))
+    encoded, _ = corrupt(process, jax.random.split(encode_key), pair, t)
     w = expand(weights, pair)
     xt = (1 - w) * encoded[:1] + w * encoded[1:]
     keys = jnp.repeat(decode_key[None], weights.size, axis=0)

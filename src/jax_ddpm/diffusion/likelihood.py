@@ -13,10 +13,10 @@ import numpy as np
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
 
-from jax_ddpm.diffusion.chain import Chain, q_posterior
+from jax_ddpm.diffusion.chain import Chain, chain_of, q_posterior
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.parameterisation import Prediction, learned_variance_bounds
-from jax_ddpm.diffusion.process import expand, fold_in, per_example_normal, q_sample
+from jax_ddpm.diffusion.process import Process, corrupt, expand, fold_in
 
 ModelVariance = Literal["fixedsmall", "fixedlarge", "learned"]
 
@@ -99,6 +99,24 @@ def bound_term(
     return jnp.where(t == 0, mean_over_dims(decoder), mean_over_dims(kl))
 
 
+def bound_estimate(
+    process: Process,
+    prediction: Prediction,
+    x0: Float[Array, "batch *shape"],
+    xt: Float[Array, "batch *shape"],
+    t: Float[Array, " batch"],
+    variance: ModelVariance,
+    num_levels: int,
+) -> Float[Array, " batch"]:
+    """T·L_t in bits/dim: its mean over uniform t is the bound less L_T.
+
+    Raises:
+      UserError: where the process is no chain.
+    """
+    nats = bound_term(chain_of(process), prediction, x0, xt, t, variance, num_levels)
+    return process.num_timesteps / jnp.log(2.0) * nats
+
+
 def prior_term(chain: Chain, x0: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in nats/dim."""
     # ½(ᾱ·x_0² - ᾱ - log(1-ᾱ)), with the last two terms joined in float64.
@@ -137,7 +155,7 @@ def variational_bound(
 
     def term(carry: None, t: Array) -> tuple[None, tuple[Array, Array]]:
         times = jnp.full(x0.shape[:1], t, x0.dtype)
-        xt = q_sample(chain, x0, times, per_example_normal(fold_in(keys, t), x0))
+        xt, _ = corrupt(chain, fold_in(keys, t), x0, times)
         prediction = denoiser(xt, times, conditioning)
         nats = bound_term(chain, prediction, x0, xt, times, variance, num_levels)
         return carry, (nats, mean_over_dims((prediction.x0 - x0) ** 2))

@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, Float64
 
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.likelihood import mean_over_dims
-from jax_ddpm.diffusion.process import Process, fold_in, per_example_normal, q_sample
+from jax_ddpm.diffusion.process import ALL_NOISE, Process, corrupt, fold_in
 from jax_ddpm.diffusion.samplers.grid import Grid
+
+_NUM_TIMES = 200  # for a process without steps of its own
 
 
 class X0Error(NamedTuple):
@@ -18,6 +20,15 @@ class X0Error(NamedTuple):
 
     log_snr: Float64[np.ndarray, " n"]
     mse: Float64[np.ndarray, " n"]
+
+
+def visited_times(process: Process) -> Float64[np.ndarray, " n"]:
+    """Every step of a chain, or a grid even in λ in continuous time; both down to ``ALL_NOISE``."""
+    if process.num_timesteps:
+        times = np.arange(process.num_timesteps, dtype=float)
+        return times[process.log_snr(times) >= ALL_NOISE]
+    high, low = process.log_snr(np.array(process.time_range))
+    return process.time(np.linspace(high, max(low, ALL_NOISE), _NUM_TIMES))
 
 
 def x0_error(
@@ -32,7 +43,7 @@ def x0_error(
 
     def at(row: tuple[Array, Array]) -> Array:
         index, t = row
-        xt = q_sample(process, x0, t, per_example_normal(fold_in(keys, index), x0))
+        xt, _ = corrupt(process, fold_in(keys, index), x0, t)
         return mean_over_dims((x0 - denoiser(xt, t, conditioning).x0) ** 2)
 
     return jax.lax.map(at, (jnp.arange(times.size), times))

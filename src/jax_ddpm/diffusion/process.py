@@ -25,6 +25,11 @@ class Process(Protocol):
     """
 
     @property
+    def num_timesteps(self) -> int:
+        """Steps of its own, at whole times from 0; 0 in continuous time."""
+        ...
+
+    @property
     def prior_std(self) -> float:
         """Standard deviation of the noise that sampling starts from."""
         ...
@@ -99,6 +104,24 @@ def q_sample(
     return expand(process.alpha(t), x0) * x0 + expand(process.sigma(t), x0) * eps
 
 
+def prior(
+    process: Process, keys: Any, shape: tuple[int, ...], dtype: Any = float
+) -> Float[Array, "batch *shape"]:
+    """What sampling starts from, N(0, prior_std²·I): an example of ``shape`` for each key."""
+    return process.prior_std * _normal(keys, shape, dtype)
+
+
+def corrupt(
+    process: Process,
+    keys: Any,
+    x0: Float[Array, "batch *shape"],
+    t: Float[Array, "#batch"] | Float[Array, ""],
+) -> tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]]:
+    """x_t ~ q(x_t | x_0) and its noise ε; those of example i depend only on its own and key i."""
+    eps = per_example_normal(keys, x0)
+    return q_sample(process, x0, t, eps), eps
+
+
 def noise_between(
     process: Process,
     x0: Float[Array, "batch *shape"],
@@ -111,7 +134,11 @@ def noise_between(
 
 def per_example_normal(keys: Any, x: Float[Array, "batch *shape"]) -> Float[Array, "batch *shape"]:
     """Standard normal noise shaped like x; example i depends only on key i, whatever the batch."""
-    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+    return _normal(keys, x.shape[1:], x.dtype)
+
+
+def _normal(keys: Any, shape: tuple[int, ...], dtype: Any) -> Float[Array, "batch *shape"]:
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
 
 
 def fold_in(keys: Any, data: Any) -> Any:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float
 
-from jax_ddpm.diffusion.time_sampling import spread
+from jax_ddpm.diffusion.process import Process
+from jax_ddpm.diffusion.time_sampling import TIME_SAMPLERS, TimeSampler, spread
 
 
 @runtime_checkable
@@ -96,3 +97,17 @@ class Continuous:
 
     def rank(self, t):
         return self.density.rank(t)
+
+
+def make_time_sampler(process: Process, name: str, mean: float, std: float) -> TimeSampler:
+    """How the times of training are drawn: whole steps of a chain, else along a density.
+
+    ``mean`` and ``std`` are those of "log_normal" and "logit_normal".
+    """
+    if process.num_timesteps:
+        return TIME_SAMPLERS[name](process.num_timesteps)
+    if name == "log_normal":
+        return Continuous(LogNormalDensity(mean, std))
+    if name == "logit_normal":
+        return Continuous(LogitNormalDensity(mean, std))
+    return Continuous(UniformDensity(*process.time_range), stratified=name == "stratified")

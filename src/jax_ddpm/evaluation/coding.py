@@ -12,9 +12,10 @@ from jax_ddpm import images
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
+from jax_ddpm.diffusion.editing import perturbed
 from jax_ddpm.diffusion.interpolation import interpolate
 from jax_ddpm.diffusion.parameterisation import Prediction
-from jax_ddpm.diffusion.process import Process, noise_between, per_example_normal, q_sample
+from jax_ddpm.diffusion.process import Process, noise_between
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.grid import to_clean
 from jax_ddpm.diffusion.samplers.scan import sample
@@ -55,10 +56,10 @@ def progressive_decoding(
     q(x_s | x_t, x_0) given the one before (Ho et al. 2020, algorithms 3 and 4).
     """
     first_key, step_keys = jax.random.split(key)
-    eps = per_example_normal(jax.random.split(first_key, len(x0)), x0)
-    first = q_sample(process, x0, jnp.asarray(times[0], x0.dtype), eps)
+    grid = to_clean(process, times)
+    first = perturbed(grid, x0, jax.random.split(first_key, len(x0)))
     sender, keys = Sender(x0, process), jax.random.split(step_keys, len(x0))
-    sampler = ancestral(to_clean(process, times), "fixedsmall")
+    sampler = ancestral(grid, "fixedsmall")
     _, snapshots = sample(sampler, sender, first, keys, {}, num_snapshots=len(times))
     xt = jnp.concatenate([first[None], snapshots.x[:-1]])  # the last snapshot is x_0 itself
 

@@ -9,9 +9,7 @@ import numpy as np
 
 from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
-from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.optimal_variance import X0Error, x0_error
-from jax_ddpm.diffusion.process import ALL_NOISE, Process
+from jax_ddpm.diffusion.optimal_variance import X0Error, visited_times, x0_error
 from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.images import from_levels
 from jax_ddpm.inference.companions import x0_error_path
@@ -21,17 +19,6 @@ from jax_ddpm.runtime.devices import compile_over, make_mesh, place, round_up, s
 from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runtime.pipeline import run_ahead
 from jax_ddpm.runtime.stopping import Poll, never
-
-_NUM_TIMES = 200  # for a process without steps of its own
-
-
-def visited_times(process: Process) -> np.ndarray:
-    """Every step of a chain, or a grid even in λ in continuous time; both down to ``ALL_NOISE``."""
-    if isinstance(process, Chain):
-        times = np.arange(process.num_timesteps, dtype=float)
-        return times[process.log_snr(times) >= ALL_NOISE]
-    high, low = process.log_snr(np.array(process.time_range))
-    return process.time(np.linspace(high, max(low, ALL_NOISE), _NUM_TIMES))
 
 
 def estimate_x0_error(

@@ -11,9 +11,8 @@ from ml_collections import ConfigDict
 
 from jax_ddpm import factory
 from jax_ddpm.conditions.condition import Conditions
-from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
-from jax_ddpm.diffusion.likelihood import ModelVariance, bound_term
+from jax_ddpm.diffusion.likelihood import ModelVariance, bound_estimate
 from jax_ddpm.diffusion.losses import weighted_error
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import expand, per_example_normal, q_sample
@@ -125,11 +124,16 @@ class DiffusionObjective:
 
     def _bound(self, output: Array, x0: Array, xt: Array, t: Array) -> Array:
         """T·L_t in bits/dim, whose mean over uniform t is the bound less L_T."""
-        chain = self.parameterisation.process
-        assert isinstance(chain, Chain), "the bound belongs to the T-step chain"
         prediction = self.parameterisation.to_prediction(output, xt, t)
-        nats = bound_term(chain, prediction, x0, xt, t, self.variance, self.num_levels)
-        return chain.num_timesteps / jnp.log(2.0) * nats
+        return bound_estimate(
+            self.parameterisation.process,
+            prediction,
+            x0,
+            xt,
+            t,
+            self.variance,
+            self.num_levels,
+        )
 
     def _metrics(self, loss: Array, t: Array) -> Metrics:
         quarter = jnp.floor(4 * self.time_sampler.rank(t))

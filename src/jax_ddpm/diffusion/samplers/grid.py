@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import ALL_NOISE, Posterior, Process, posterior_coefficients
 from jax_ddpm.options import Table, Unfit
 
@@ -104,7 +103,7 @@ def uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
       ValueError: where a chain has fewer steps.
     """
     low, high = process.time_range
-    if isinstance(process, Chain):
+    if process.num_timesteps:
         if num_steps > process.num_timesteps:
             must_be = f"at most the {process.num_timesteps} of the chain"
             raise Unfit("num_steps", num_steps, must_be)

@@ -5,14 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from jax_ddpm.conditions.condition import NO_REQUEST
 from jax_ddpm.diffusion.denoiser import Conditioning
-from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.scan import Snapshots, sample
 from jax_ddpm.factory import Model
 from jax_ddpm.keys import Stream, example_keys, stream_key
@@ -40,12 +38,10 @@ class Generator:
         def run(denoiser, seed, index, conditioning) -> Snapshots:
             prior_keys = example_keys(stream_key(seed, Stream.SAMPLE_PRIOR), index)
             step_keys = example_keys(stream_key(seed, Stream.SAMPLE_STEPS), index)
-            x = jnp.zeros((batch_size, *model.spec.image_shape))
-            x = model.sampling_process.prior_std * per_example_normal(prior_keys, x)
             _, snapshots = sample(
                 sampler,
                 denoiser,
-                x,
+                sampler.start(prior_keys, model.spec.image_shape),
                 step_keys,
                 conditioning,
                 num_snapshots,

@@ -80,7 +80,7 @@ def projected(
         return x - project(x) + project(y), carry, prediction
 
     nodes = ProjectedNode(now.time, sampler.nodes, after.alpha, after.sigma)
-    return Sampler(nodes, sampler.init, step)
+    return sampler._replace(nodes=nodes, step=step)
 
 
 class ResampledNode(NamedTuple):
@@ -132,7 +132,7 @@ def resampled(sampler: Sampler, grid: Grid, jump_length: int, resamplings: int) 
         factor=np.append(taken.alpha / left.alpha, 1.0),
         std=np.append(np.sqrt(climb.beta), 0.0),
     )
-    return Sampler(nodes, sampler.init, step)
+    return sampler._replace(nodes=nodes, step=step)
 
 
 def _require_times_of(grid: Grid, sampler: Sampler) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 # NumPy float64 for sampler tables made on the host, a JAX array inside compiled programs.
 Times = TypeVar("Times", np.ndarray, jax.Array)
@@ -139,6 +139,11 @@ def per_example_normal(keys: Any, x: Float[Array, "batch *shape"]) -> Float[Arra
 
 def _normal(keys: Any, shape: tuple[int, ...], dtype: Any) -> Float[Array, "batch *shape"]:
     return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+
+
+def float_dtype(x: Shaped[Array, "..."]) -> Any:
+    """The dtype of real numbers beside x: its own, or the default where x holds none."""
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float)
 
 
 def fold_in(keys: Any, data: Any) -> Any:

@@ -26,7 +26,6 @@ from jax_ddpm.diffusion.editing import (
     super_resolution,
 )
 from jax_ddpm.diffusion.interpolation import interpolate
-from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.ddim import ddim
 from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 from jax_ddpm.errors import UserError
@@ -231,7 +230,7 @@ def _of_known_part(model: Model, request: Request, project: Projection) -> Edit:
 
     def draw(denoiser, given, prior_keys, step_keys):
         known = given[:, 0]
-        x = grid.process.prior_std * per_example_normal(prior_keys, known)
+        x = sampler.start(prior_keys, known.shape[1:])
         return _sampled(model, request, conditioned(known), denoiser, x, step_keys)
 
     return Edit(draw, seen=project, repeats=request.num_samples)

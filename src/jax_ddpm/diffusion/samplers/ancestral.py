@@ -70,7 +70,7 @@ def ancestral(grid: Grid, variance: Variance) -> Sampler:
         noise=noise,
     )
     learned = isinstance(variance, str) and variance == "learned"
-    return Sampler(nodes, init=lambda x: (), step=partial(_step, learned))
+    return grid.sampler(nodes, partial(_step, learned))
 
 
 def _step(learned: bool, denoiser, x: Array, node: AncestralNode, carry: tuple, keys):

@@ -39,7 +39,7 @@ def ddim(grid: Grid, eta: Eta = 0.0) -> Sampler:
         coef_eps=np.sqrt(np.maximum(grid.after.sigma**2 - variance, 0)),  # ≥ 0 up to round-off
         std=np.sqrt(variance),
     )
-    return Sampler(nodes, init=lambda x: (), step=_step if eta > 0 else _step_without_noise)
+    return grid.sampler(nodes, _step if eta > 0 else _step_without_noise)
 
 
 def _step_without_noise(denoiser, x: Array, node: DDIMNode, carry: tuple, keys):

@@ -54,7 +54,7 @@ def dpmpp_2m(grid: Grid, eta: Eta = 0.0) -> Sampler:
         coef_change=np.where(second_order, coef_x0 / (2 * last_over_this), 0.0),
         std=grid.after.sigma * np.sqrt(-np.expm1(-2 * eta_h)),
     )
-    return Sampler(nodes, init=jnp.zeros_like, step=_step if eta > 0 else _step_without_noise)
+    return grid.sampler(nodes, _step if eta > 0 else _step_without_noise, init=jnp.zeros_like)
 
 
 def _step_without_noise(denoiser, x: Array, node: DPMNode, last_x0: Array, keys):

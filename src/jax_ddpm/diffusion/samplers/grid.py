@@ -1,11 +1,20 @@
 """The path of a sampler: noise levels from its start to its end, in float64 on the host."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
-from jax_ddpm.diffusion.process import ALL_NOISE, Posterior, Process, posterior_coefficients
+from jax_ddpm.diffusion.process import (
+    ALL_NOISE,
+    Posterior,
+    Process,
+    posterior_coefficients,
+    prior,
+)
+from jax_ddpm.diffusion.samplers.scan import Sampler, no_history
 from jax_ddpm.options import Table, Unfit
 
 
@@ -59,6 +68,10 @@ class Grid(NamedTuple):
             raise ValueError("towards noise there is no ancestral step")
         now, after = self.now, self.after
         return posterior_coefficients(self.beta, now.alpha, now.sigma, after.alpha, after.sigma)
+
+    def sampler(self, nodes: Any, step: Callable, init: Callable = no_history) -> Sampler:
+        """A sampler along this grid, which starts from the process's prior."""
+        return Sampler(nodes, init, step, start=partial(prior, self.process))
 
 
 def levels(process: Process, times: Float64[np.ndarray, " n"]) -> Levels:

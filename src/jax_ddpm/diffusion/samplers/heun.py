@@ -71,7 +71,7 @@ def heun(
             drift = after.sigma[i] - start.sigma[i] / start.alpha[i] * after.alpha[i]
             rows.append((after.time[i], 1, 0, 1, 0, drift / 2))
     nodes = HeunNode(*np.array(rows).T)
-    return Sampler(nodes, init=jnp.zeros_like, step=_step if churn > 0 else _step_without_noise)
+    return grid.sampler(nodes, _step if churn > 0 else _step_without_noise, init=jnp.zeros_like)
 
 
 def _churned(

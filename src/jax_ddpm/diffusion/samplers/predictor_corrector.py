@@ -4,7 +4,7 @@ from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float64
+from jaxtyping import Array, Bool, Float64
 
 from jax_ddpm.diffusion.process import expand, per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid
@@ -13,14 +13,14 @@ from jax_ddpm.options import Option, checked, not_negative, positive_and_finite
 
 
 class PredictorCorrectorNode(NamedTuple):
-    """One evaluation at t, for a Langevin step at t (``corrects`` = 1) or the step t → s (0).
+    """One evaluation at t, for a Langevin step at t (``corrects``) or the step t → s.
 
     Langevin:  x + δ·score + √(2δ)·z,  δ = 2·(1-β)·(snr·‖z‖/‖score‖)², score = -ε̂/σ
     predictor: x_s = coef_x0·x̂_0 + coef_xt·x + std·z.
     """
 
     time: Float64[np.ndarray, " rows"]
-    corrects: Float64[np.ndarray, " rows"]
+    corrects: Bool[np.ndarray, " rows"]
     sigma: Float64[np.ndarray, " rows"]
     strength: Float64[np.ndarray, " rows"]
     coef_x0: Float64[np.ndarray, " rows"]
@@ -52,7 +52,7 @@ def predictor_corrector(
     step = grid.posterior
     table = PredictorCorrectorNode(
         time=grid.now.time,
-        corrects=np.zeros(grid.num_steps),
+        corrects=np.zeros(grid.num_steps, bool),
         sigma=grid.now.sigma,
         strength=2 * kept * snr**2,
         coef_x0=step.coef_x0,
@@ -62,7 +62,7 @@ def predictor_corrector(
     each = corrector_steps + 1
     nodes = PredictorCorrectorNode(*(np.repeat(column, each) for column in table))
     corrects = np.arange(len(nodes.time)) % each != each - 1
-    return Sampler(nodes._replace(corrects=corrects.astype(float)), lambda x: (), _step)
+    return grid.sampler(nodes._replace(corrects=corrects), _step)
 
 
 def _step(denoiser, x: Array, node: PredictorCorrectorNode, carry: tuple, keys):
@@ -71,7 +71,7 @@ def _step(denoiser, x: Array, node: PredictorCorrectorNode, carry: tuple, keys):
     size = node.strength * expand(_square_norm(z) / _square_norm(score), x)
     corrected = x + size * score + jnp.sqrt(2 * size) * z
     predicted = node.coef_x0 * prediction.x0 + node.coef_xt * x + node.std * z
-    return jnp.where(node.corrects > 0, corrected, predicted), carry, prediction
+    return jnp.where(node.corrects, corrected, predicted), carry, prediction
 
 
 def _square_norm(x: Array) -> Array:

@@ -66,7 +66,7 @@ def unipc(grid: Grid, order: Order = 2) -> Sampler:
     def init(x: Array) -> tuple[Array, Array]:
         return x, jnp.zeros((width, *x.shape), x.dtype)
 
-    return Sampler(nodes, init, _step)
+    return grid.sampler(nodes, _step, init)
 
 
 def _weights(

@@ -88,6 +88,21 @@ def test_every_room_has_its_floor():
     assert {*map(room, MODULES)} == FLOOR.keys()
 
 
+def test_only_diffusion_draws_noise_and_asks_what_process_it_is():
+    """Initial parameters are drawn by networks."""
+    inside = {"Chain", "ContinuousProcess", "per_example_normal", "q_sample"}
+    found = []
+    for name, path in MODULES.items():
+        if room(name) in ("diffusion", "models"):
+            continue
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom):
+                found += [(name, alias.name) for alias in node.names if alias.name in inside]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.random.normal":
+                found.append((name, "jax.random.normal"))
+    assert found == []
+
+
 def repeated(names):
     return [name for name, count in collections.Counter(names).items() if count > 1]
 

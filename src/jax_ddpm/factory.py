@@ -15,8 +15,9 @@ from jax_ddpm.conditions.table import CONDITIONS
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.data.table import SOURCES
 from jax_ddpm.diffusion import processes, time_densities
-from jax_ddpm.diffusion.chain import Chain, chain_of
+from jax_ddpm.diffusion.chain import chain_of
 from jax_ddpm.diffusion.denoiser import Denoiser, InProcess, NetworkDenoiser
+from jax_ddpm.diffusion.family import Gaussian
 from jax_ddpm.diffusion.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -31,7 +32,7 @@ from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.samplers.grid import GRIDS, Grid, to_clean
 from jax_ddpm.diffusion.samplers.scan import Sampler
-from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
+from jax_ddpm.diffusion.samplers.table import usual_grid
 from jax_ddpm.diffusion.thresholding import ClippedDenoiser, ThresholdedDenoiser
 from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.models.network import Network, make_network
@@ -132,6 +133,7 @@ class Model:
     Attributes:
       process, parameterisation, network: those of training.
       conditions: what the network is told.
+      family: the noise of training, with the reverse that the bound measures.
       sampling_process: the sampler's process, the trained one unless ``sampling.process`` is set.
       sampling_conditions: what samples can be asked for: also a class that only a classifier knows.
     """
@@ -146,6 +148,7 @@ class Model:
         self.process = self.parameterisation.process
         in_output = self.parameterisation.variance != "none"
         self.variance: ModelVariance = "learned" if in_output else config.parameterisation.variance
+        self.family = Gaussian(self.process, self.variance, spec.num_levels)
         self.self_condition = config.model.self_condition
         channels = spec.image_shape[-1]
         module = make_module(
@@ -162,7 +165,7 @@ class Model:
         self._companions = companions
 
     @property
-    def chain(self) -> Chain:
+    def chain(self) -> Process:
         """The process, for what only a T-step chain has.
 
         Raises:
@@ -217,7 +220,7 @@ class Model:
     def sampler(self, grid: Grid | None = None) -> Sampler:
         """The sampler of ``sampling``, down its own grid or another."""
         return make_sampler(
-            self._sampling, grid or self.grid(), self.variance, self._companions.x0_error
+            self._sampling, self.family, grid or self.grid(), self._companions.x0_error
         )
 
 
@@ -237,14 +240,14 @@ def make_grid(sampling: ConfigDict, process: Process) -> Grid:
 
 
 def make_sampler(
-    sampling: ConfigDict, grid: Grid, variance: ModelVariance, x0_error: X0Error | None
+    sampling: ConfigDict, family: Gaussian, grid: Grid, x0_error: X0Error | None
 ) -> Sampler:
-    """The sampler down a grid, with the model's own variance or the optimal one."""
-    row = SAMPLERS[sampling.sampler]
+    """The family's sampler down a grid, with its own variance or the optimal one."""
+    row = family.samplers[sampling.sampler]
     given = taken(row, sampling)
     options: dict[str, Any] = {k: v for k, v in given.items() if v not in (None, ())}
     if "variance" in given:
-        options = {"variance": variance} | options
+        options = {"variance": family.variance} | options
         if options["variance"] == "optimal":
             assert x0_error is not None
             options["variance"] = optimal_variance(grid, x0_error)

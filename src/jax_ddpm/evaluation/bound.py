@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float
 
 from jax_ddpm.data.source import Source
-from jax_ddpm.diffusion.likelihood import variational_bound
 from jax_ddpm.evaluation.estimate import Estimate
 from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.evaluation.result_cache import Arrays
@@ -67,16 +66,7 @@ def measure_bound(
     count = min(num_examples, source.spec.split_sizes[split])
 
     def terms(denoiser, x0, keys, conditioning):
-        found = variational_bound(
-            model.chain,
-            denoiser,
-            x0,
-            keys,
-            conditioning,
-            model.variance,
-            model.spec.num_levels,
-        )
-        return found._asdict()
+        return model.family.bound(denoiser, x0, keys, conditioning)._asdict()
 
     parts = split_terms(
         trained,

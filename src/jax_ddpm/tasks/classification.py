@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from jax_ddpm import factory
 from jax_ddpm.data.source import Spec
+from jax_ddpm.diffusion.family import Gaussian
 from jax_ddpm.diffusion.parameterisation import Parameterisation
-from jax_ddpm.diffusion.process import per_example_normal, q_sample
 from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
@@ -20,6 +20,7 @@ from jax_ddpm.models.network import Network
 from jax_ddpm.models.table import CLASSIFIERS
 from jax_ddpm.options import require
 from jax_ddpm.tasks import augmentation
+from jax_ddpm.tasks.noising import noised
 from jax_ddpm.tasks.objective import Metrics
 from jax_ddpm.tasks.recipe import Read, Recipe, one_network
 from jax_ddpm.tasks.task import Task
@@ -144,12 +145,8 @@ class NoisyClassificationObjective(ClassificationObjective):
         step: Int[Array, ""],
     ) -> tuple[Float[Array, " batch"], Metrics, Any]:
         x0 = self._images(batch, keys)
-        position = keys.index.astype(x0.dtype) / keys.batch_size
-        t, importance = self.time_sampler.draw(
-            extra, step, keys.shared(Stream.TIME), keys.per_example(Stream.TIME), position
-        )
-        eps = per_example_normal(keys.per_example(Stream.NOISE), x0)
-        xt = q_sample(self.parameterisation.process, x0, t, eps)
+        family = Gaussian(self.parameterisation.process)
+        t, importance, xt, _ = noised(family, self.time_sampler, extra, x0, keys, step)
         _, logits = self.apply(
             params["network"],
             self.parameterisation.network_input(xt, t),

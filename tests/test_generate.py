@@ -102,7 +102,7 @@ def test_labels_are_by_column_or_as_asked(label):
 
     model.network = Network(model.network.init, apply)
     generator = Generator(model, 4, mesh())
-    assert generator.columns(7) == 3
+    assert generator.layout(7) == (3, ("0", "1", "2"))
     seen = 4 * generator({}, 0, 7, with_label(label))[:, 0, 0, 0]
     np.testing.assert_allclose(seen, [0, 1, 2, 0, 1, 2, 0] if label is None else [2] * 7, atol=1e-5)
 
@@ -137,15 +137,18 @@ def test_an_unconditional_model_has_no_labels(unconditional):
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (9, 3), (10, 4), (64, 8)])
 def test_grids_without_classes_are_about_square(generator, unconditional, count, columns):
-    assert unconditional.columns(count) == columns
-    assert generator.columns(count, {"label": 1}) == columns, "nor do those of one class differ"
+    assert unconditional.layout(count) == (columns, ())
+    assert generator.layout(count, {"label": 1}) == (columns, ()), (
+        "nor do those of one class differ"
+    )
 
 
 @pytest.mark.parametrize(("num_classes", "columns"), [(2, 2), (10, 10), (1000, 10)])
 def test_grids_have_a_column_for_each_class_up_to_ten(num_classes, columns):
     data = tiny.spec(SHAPE, num_classes=num_classes)
     model = tiny.model(tiny.config(model__class_conditional=True), data)
-    assert Generator(model, 4, mesh()).columns(100) == columns
+    heads = () if num_classes > 10 else data.class_names
+    assert Generator(model, 4, mesh()).layout(100) == (columns, heads)
 
 
 class TestDraw:

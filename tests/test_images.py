@@ -59,6 +59,31 @@ class TestGrid:
         shown = picture[gap:-gap, gap:-gap]
         np.testing.assert_array_equal(shown, np.kron(image[0], np.ones((factor, factor, 1))))
 
+    HEADS = ("cat", "dog", "an owl with a very long name")
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("size", [4, 64, 256])
+    def test_heads_stand_above_their_columns(self, size, channels):
+        images = np.zeros((5, size, size, channels), np.uint8)
+        plain, headed = grid(images, 3), grid(images, 3, self.HEADS)
+        height = len(headed) - len(plain)
+        np.testing.assert_array_equal(headed[height:], plain)
+        line = headed[:height]
+        gap = int(plain[len(plain) // 4, :, 0].argmin())
+        cell = (plain.shape[1] - gap) // 3
+        for i in range(3):
+            left = gap + i * cell
+            assert line[:, left : left + cell - gap].min() < 128, "a word"
+            assert line[:, left + cell - gap : left + cell].min() == 255, "and white beside it"
+        assert np.all(line == line[..., :1])
+        assert np.all(line[[0, -1]] == 255), "nothing is cut above or below"
+
+    def test_heads_tell_columns_apart(self):
+        images = np.zeros((2, 64, 64, 1), np.uint8)
+        one, other = grid(images, 2, ("cat", "dog")), grid(images, 2, ("cat", "owl"))
+        assert np.any(one != other)
+        np.testing.assert_array_equal(one[:, :72], other[:, :72])
+
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_grid_file(tmp_path, channels, mode):

@@ -58,8 +58,10 @@ def config(**fields) -> ConfigDict:
     return result
 
 
-def spec(shape=(4, 4, 1), num_levels=17, num_classes=3) -> Spec:
-    return image_spec(shape, num_levels, num_classes, {"train": 40, "heldout": 10}, "tiny")
+def spec(shape=(4, 4, 1), num_levels=17, num_classes=3, class_names=()) -> Spec:
+    return image_spec(
+        shape, num_levels, num_classes, {"train": 40, "heldout": 10}, "tiny", class_names
+    )
 
 
 def batch(spec: Spec, size: int = 8, seed: int = 0) -> dict[str, np.ndarray]:

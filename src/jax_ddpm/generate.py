@@ -107,7 +107,15 @@ class Generator:
         """
         return self._model.sampling_conditions.asked(request, index)
 
-    def columns(self, num_samples: int, request: Mapping[str, Any] = NO_REQUEST) -> int:
-        """Columns of a grid: one for each turn that samples take, or about as many as rows."""
+    def layout(
+        self, num_samples: int, request: Mapping[str, Any] = NO_REQUEST
+    ) -> tuple[int, tuple[str, ...]]:
+        """Columns of a grid and their heads: a column for each turn that samples take.
+
+        Without turns there are about as many columns as rows; of more than ten turns, several share
+        a column.
+        """
         heads = self._model.sampling_conditions.heads(request)
-        return min(len(heads), _MAX_COLUMNS) or math.ceil(math.sqrt(num_samples))
+        if len(heads) > _MAX_COLUMNS:
+            return _MAX_COLUMNS, ()
+        return len(heads) or math.ceil(math.sqrt(num_samples)), heads

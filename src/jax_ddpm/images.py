@@ -1,6 +1,7 @@
 """Images at the edges: uint8 conversion, grids, files. Inside they are NHWC float in [-1, 1]."""
 
 import pathlib
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +21,13 @@ def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
 
 
 def grid(
-    images: UInt8[np.ndarray, "n h w c"], columns: int, *, min_size: int = 64
+    images: UInt8[np.ndarray, "n h w c"],
+    columns: int,
+    heads: Sequence[str] = (),
+    *,
+    min_size: int = 64,
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Images row by row with a white gap between them.
+    """Images row by row with a white gap between them, under the ``heads`` of their columns.
 
     Images smaller than ``min_size`` are enlarged by the largest whole factor that fits into it, so
     that an 8×8 digit can be read. Missing images in the last row stay white.
@@ -37,22 +42,51 @@ def grid(
     for i, image in enumerate(images):
         top, left = cell * divmod(i, columns) + gap
         canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return canvas
+    if not heads:
+        return canvas
+    line = _line(heads, cell[1].item(), gap, canvas.shape[1])
+    return np.concatenate([line[..., None].repeat(channels, axis=-1), canvas])
 
 
-def save_grid(path: pathlib.Path, images: Float[np.ndarray, "n h w c"], columns: int) -> None:
+def _line(
+    heads: Sequence[str], cell: int, gap: int, width: int
+) -> UInt8[np.ndarray, "height width"]:
+    """Words over cells of ``cell`` pixels, a gap among them, in Pillow's own font; cut to fit."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = max(10, cell // 10)
+    font, line = ImageFont.load_default(size), Image.new("L", (width, size + gap), 255)
+    draw = ImageDraw.Draw(line)
+    for i, head in enumerate(heads):
+        while len(head) > 1 and font.getlength(head) > cell - gap:
+            head = f"{head[:-2]}…"
+        draw.text((gap + i * cell + (cell - gap) / 2, line.height / 2), head, 0, font, anchor="mm")
+    return np.asarray(line)
+
+
+def save_grid(
+    path: pathlib.Path,
+    images: Float[np.ndarray, "n h w c"],
+    columns: int,
+    heads: Sequence[str] = (),
+) -> None:
     """Writes images in [-1, 1], gray (one channel) or colour (three), as one PNG grid."""
-    save_png(path, grid(to_uint8(images), columns))
+    save_png(path, grid(to_uint8(images), columns, heads))
 
 
-def save_gif(path: pathlib.Path, moments: Float[np.ndarray, "k n h w c"], columns: int) -> None:
+def save_gif(
+    path: pathlib.Path,
+    moments: Float[np.ndarray, "k n h w c"],
+    columns: int,
+    heads: Sequence[str] = (),
+) -> None:
     """Writes grids of images in [-1, 1] as the frames of a film, its end held for two seconds.
 
     The frames before take four seconds at most, or 20 ms each, the least that viewers show.
     """
     from PIL import Image
 
-    grids = [grid(to_uint8(images), columns, min_size=32) for images in moments]
+    grids = [grid(to_uint8(images), columns, heads, min_size=32) for images in moments]
     frames = [Image.fromarray(g.squeeze(-1) if g.shape[-1] == 1 else g) for g in grids]
     milliseconds = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]
     with replacing(path) as partial:

@@ -40,6 +40,8 @@ TINY = [
     "--config.sampling.batch_size=12",
 ]
 
+HEADS = 14  # pixels of the line of class names above a grid
+
 
 def picture(path):
     with Image.open(path) as image:
@@ -123,7 +125,9 @@ class TestTrain:
         assert [line["step"] for line in lines if "heldout_loss" in line] == [2, 4]
 
     def test_conditional_grids_have_a_column_for_each_class(self, runs):
-        assert picture(runs["digits_conditional"]).shape == grid_shape(rows=2, columns=10)
+        headed = picture(runs["digits_conditional"])
+        assert headed[HEADS:].shape == grid_shape(rows=2, columns=10)
+        assert all(headed[:HEADS, column : column + 64].min() < 128 for column in range(4, 684, 68))
 
 
 class TestSample:
@@ -149,7 +153,7 @@ class TestSample:
         out = folder / "class.png"
         flags = ["--num_samples=4", "--class=3", f"--out={out}"]
         written("--mode=sample", f"--workdir={conditional}", *flags)
-        threes, mixed = picture(out), picture(runs["digits_conditional"])
+        threes, mixed = picture(out), picture(runs["digits_conditional"])[HEADS:]
         assert threes.shape == grid_shape(rows=2, columns=2)
         fourth = mixed[4:68, 4 + 3 * 68 :][:, :64]
         np.testing.assert_allclose(threes[-68:-4, -68:-4].astype(int), fourth, atol=1)

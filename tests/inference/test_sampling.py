@@ -387,7 +387,7 @@ class TestKinds:
         write_samples(model, tmp_path / "new" / "grid.png", 11)
         assert [*everything(tmp_path)] == ["new", "new/grid.png"]
         picture = images.load_png(tmp_path / "new" / "grid.png")
-        np.testing.assert_array_equal(picture, images.grid(expected, columns=3))
+        np.testing.assert_array_equal(picture, images.grid(expected, 3, ("0", "1", "2")))
 
     @pytest.mark.parametrize("label", [None, 2])
     def test_npz_says_which_class_each_image_is_of(self, model, tmp_path, label):
@@ -409,6 +409,15 @@ class TestKinds:
     def test_one_class_and_all_agree_where_they_meet(self, model, expected, tmp_path):
         write_samples(model, tmp_path / "folder", 11, request={"label": 1})
         np.testing.assert_array_equal(load(tmp_path / "folder")[1::3], expected[1::3])
+
+    def test_a_class_has_one_record_by_name_and_by_number(self, make, tmp_path):
+        """So its samples may go on under the other."""
+        spec = tiny.spec((4, 4, 1), class_names=("cat", "dog", "owl"))
+        model, out = make(spec=spec), tmp_path / "folder"
+        write_samples(model, out, 4, request={"label": "dog"})
+        write_samples(model, out, 7, request={"label": 1})
+        assert json.loads((tmp_path / "folder.json").read_text())["class"] == 1
+        np.testing.assert_array_equal(load(out), model.sample(7, label="1", batch_size=SIZE))
 
     def test_seeds_differ(self, model, expected, tmp_path):
         write_samples(model, tmp_path / "folder", 11, seed=1)

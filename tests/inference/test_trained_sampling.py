@@ -196,6 +196,13 @@ class TestRecord:
         passed_over = {"num_samples", "batch_size", "guide", "guide_step"}
         assert told | passed_over == set(tiny.config().sampling)
 
+    def test_tells_a_class_by_its_number(self, workdir):
+        by_name, by_number = (
+            jax_ddpm.load(workdir, guidance_scale=2.0, negative_class=value).record
+            for value in ("3", 3)
+        )
+        assert by_name == by_number
+
     def test_tells_nothing_of_how_many_are_drawn_at_a_time(self, workdir):
         record = jax_ddpm.load(workdir).record
         assert jax_ddpm.load(workdir, num_samples=3, batch_size=2).record == record

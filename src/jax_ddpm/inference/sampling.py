@@ -63,18 +63,18 @@ def write_samples(
         with tempfile.TemporaryFile(dir=out.parent):
             pass  # refused now, not when all is drawn
 
-    columns = generator.columns(num_samples, request)
+    layout = generator.layout(num_samples, request)
     if film or moments > 1:
         x, x0 = generator.snapshots(trained.params, seed, num_samples, request, poll)
         if film:
-            images.save_gif(out, x, columns)
+            images.save_gif(out, x, *layout)
             return
         pairs = np.stack([x, x0]).transpose(2, 0, 1, 3, 4, 5)  # image, x_t or x_0, moment
         images.save_grid(out, pairs.reshape(-1, *x.shape[2:]), columns=moments)
         return
     if out.suffix == ".png":
         x = generator(trained.params, seed, num_samples, request, poll)
-        images.save_grid(out, x, columns)
+        images.save_grid(out, x, *layout)
         return
 
     def draw(starts):

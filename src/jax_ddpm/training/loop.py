@@ -171,7 +171,7 @@ def _train(
                     if due(every.heldout_every):
                         writer.write(done, heldout(state, poll))
                     if drawer:
-                        images.save_grid(picture(done), samples, drawer.columns(num_samples))
+                        images.save_grid(picture(done), samples, *drawer.layout(num_samples))
                         bar.say(f"wrote {picture(done)}")
 
             if origin:

@@ -134,7 +134,7 @@ def measure(trained: Trained, arguments: argparse.Namespace) -> dict[str, Any]:
     found, _ = measure_quality(what, metrics)
     results = {name: measured["result"] for name, measured in found["measured"].items()}
     for result in results.values():
-        for detail in ("per_seed", "per_class", "confusion"):
+        for detail in ("per_seed", "class_names", "per_class", "confusion"):
             result.pop(detail, None)
     protocol = found["measured"]["recall"]["protocol"]
     return {

@@ -90,7 +90,11 @@ class TestAreComputedFromTheFeatures:
             assert result["median_distance_heldout"] == expected.heldout_median
 
     def test_agreement(self):
-        found = METRICS["agreement"].measure(SAMPLES, protocol("classifier"))["agreement"]
+        named = protocol("classifier")
+        extractor = named.extractor._replace(class_names=("cat", "dog", "owl"))
+        named = named._replace(extractor=extractor)
+        found = METRICS["agreement"].measure(SAMPLES, named)["agreement"]
+        assert found["class_names"] == ["cat", "dog", "owl"]
         right = LOGITS.argmax(axis=1) == LABELS
         assert found["value"] == right.mean()
         assert found["count"] == 40

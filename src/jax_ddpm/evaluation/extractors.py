@@ -94,7 +94,8 @@ def classifier(workdir: pathlib.Path, image_shape: tuple[int, int, int]) -> Extr
         return trained.model.network.apply(params, from_levels(images, 256))
 
     record = {"name": "classifier"} | trained.record
-    return Extractor("classifier", apply, trained.params, record, trained.accuracy)
+    names = trained.spec.class_names
+    return Extractor("classifier", apply, trained.params, record, trained.accuracy, names)
 
 
 def _extractor(name: str, module: Any, params: Any, record: dict[str, Any]) -> Extractor:

@@ -27,6 +27,7 @@ class Extractor(NamedTuple):
       apply: ``(params, images uint8 [b, h, w, c]) → (features [b, d], logits [b, k])``, float32.
       record: all that decides its output, as JSON: the weights' hash, how images are resized.
       accuracy: its accuracy on its own classes, as JSON, where that was measured.
+      class_names: those of the classes that its logits are of, where they are the data's.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Extractor(NamedTuple):
     params: Any
     record: dict[str, Any]
     accuracy: dict[str, Any] | None = None
+    class_names: tuple[str, ...] = ()
 
 
 class Features(NamedTuple):

@@ -125,7 +125,11 @@ def _agreement(samples: FeatureSet, protocol: Protocol) -> dict[str, Result]:
     assert labels is not None
     found = agreement(labels[: len(logits)], logits.argmax(axis=1), logits.shape[1])
     per_class = {str(label): share.value for label, share in found.per_class.items()}
-    details = {"per_class": per_class, "confusion": found.confusion.tolist()}
+    details = {
+        "class_names": list(protocol.extractor.class_names),
+        "per_class": per_class,
+        "confusion": found.confusion.tolist(),
+    }
     return {"agreement": found.overall._asdict() | details}
 
 

@@ -63,7 +63,9 @@ class Masked:
             log_p = denoiser(xt, times, conditioning)
             of_x0 = jnp.take_along_axis(log_p, x0[..., None], axis=-1)[..., 0]
             wrong = hidden & (log_p.argmax(axis=-1) != x0)
-            return mean_over_dims(jnp.where(hidden, -of_x0, 0)) / times, mean_over_dims(wrong)
+            return mean_over_dims(jnp.where(hidden, -of_x0, 0)) / times, mean_over_dims(
+                wrong.astype(float)
+            )
 
         nats, errors = jax.lax.map(term, jnp.arange(1, self.num_timesteps + 1))
         return BoundTerms(nats.T, errors.T, jnp.zeros(len(x0)))

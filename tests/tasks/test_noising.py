@@ -28,7 +28,7 @@ def test_each_example_depends_on_its_own_keys(name):
     family, value = FAMILIES[name]
     x0 = jnp.full((16, 2, 3), value)
     draw = jax.jit(partial(noised, family, Stratified(8), (), step=KEYS.step))
-    some = np.array([11, 2])
+    some = jnp.array([11, 2])
     everything, part = draw(x0=x0, keys=KEYS), draw(x0=x0[some], keys=KEYS.take(some))
     jax.tree.map(np.testing.assert_array_equal, part, jax.tree.map(lambda a: a[some], everything))
     assert everything.t.dtype == jnp.float32

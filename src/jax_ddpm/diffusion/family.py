@@ -6,7 +6,7 @@ losses of their own. Where sampling starts is said by a family's samplers, which
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Shaped
@@ -35,7 +35,7 @@ class Family(Protocol):
 
     def bound(
         self,
-        denoiser: Denoiser,
+        denoiser: Callable,
         x0: Shaped[Array, "batch *shape"],
         keys: Any,
         conditioning: Conditioning,

@@ -89,7 +89,7 @@ def posterior_coefficients(
     )
 
 
-def expand(coefficient: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def expand(coefficient: Float[Array, "..."], x: Shaped[Array, "..."]) -> Float[Array, "..."]:
     """Append axes to a scalar or ``[batch]`` coefficient so that it broadcasts against x."""
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning, Denoiser
+from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
 from jax_ddpm.diffusion.process import float_dtype, fold_in
 
 
@@ -53,7 +53,7 @@ class Snapshots(NamedTuple):
 
 def sample(
     sampler: Sampler,
-    denoiser: Denoiser,
+    denoiser: Callable,
     x: Shaped[Array, "batch *shape"],
     keys: Any,
     conditioning: Conditioning,
@@ -99,5 +99,5 @@ def _on_device(dtype: Any, column: np.ndarray | Array) -> Array:
     return jnp.asarray(column, dtype if jnp.issubdtype(column.dtype, jnp.floating) else None)
 
 
-def _with_conditioning(denoiser: Denoiser, conditioning: Conditioning, x: Array, t: Array):
+def _with_conditioning(denoiser: Callable, conditioning: Conditioning, x: Array, t: Array):
     return denoiser(x, t, conditioning)

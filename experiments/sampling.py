@@ -116,7 +116,7 @@ def draw(trained: Trained) -> tuple[Any, float]:
         start = time.perf_counter()
         samples = generator(trained.params, 0, size)
         seconds.append(time.perf_counter() - start)
-    return images.to_uint8(samples[:10]), min(seconds)
+    return trained.model.codec.decode(samples[:10]), min(seconds)
 
 
 def measure(trained: Trained, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ FLOORS = (
     ("runtime",),
     ("images",),
     ("diffusion", "models", "data"),
-    ("conditions",),
+    ("codecs", "conditions"),
     ("factory",),
     ("tasks",),
     ("generate", "config"),

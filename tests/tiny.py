@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_ddpm.codecs.pixels import Pixels
 from jax_ddpm.config import default
 from jax_ddpm.data.source import Spec, image_spec
 from jax_ddpm.factory import Model
@@ -62,6 +63,9 @@ def spec(shape=(4, 4, 1), num_levels=17, num_classes=3, class_names=()) -> Spec:
     return image_spec(
         shape, num_levels, num_classes, {"train": 40, "heldout": 10}, "tiny", class_names
     )
+
+
+CODEC = Pixels((4, 4, 1), 17)  # that of the spec above
 
 
 def batch(spec: Spec, size: int = 8, seed: int = 0) -> dict[str, np.ndarray]:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_ddpm.codecs.codec import Codec
+from jax_ddpm.codecs.table import CODECS
 from jax_ddpm.conditions.condition import UNCONDITIONAL, Conditions
 from jax_ddpm.conditions.label import Label
 from jax_ddpm.conditions.table import CONDITIONS
@@ -35,7 +37,7 @@ from jax_ddpm.diffusion.samplers.scan import Sampler
 from jax_ddpm.diffusion.samplers.table import usual_grid
 from jax_ddpm.diffusion.thresholding import ClippedDenoiser, ThresholdedDenoiser
 from jax_ddpm.diffusion.time_sampling import TimeSampler
-from jax_ddpm.models.network import Network, make_network
+from jax_ddpm.models.network import Network, Read, make_network, reads_nothing
 from jax_ddpm.models.table import NETWORKS
 from jax_ddpm.options import OneOf, Table, naming, require, taken
 
@@ -45,6 +47,13 @@ def make_source(config: ConfigDict) -> Source:
     row = SOURCES[config.data.source]
     with naming("data"):
         return row(**taken(row, config.data))
+
+
+def make_codec(config: ConfigDict, spec: Spec, read: Read = reads_nothing) -> Codec:
+    """What images of such data are diffused as; ``read`` gives the networks of other runs."""
+    row = CODECS[config.model.codec]
+    with naming("model"):
+        return row(spec, read, **taken(row, config.model))
 
 
 def make_conditions(config: ConfigDict, spec: Spec) -> Conditions:
@@ -75,7 +84,7 @@ def make_parameterisation(config: ConfigDict) -> Parameterisation:
 def make_module(
     config: ConfigDict,
     networks: Table,
-    image_shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
     conditions: Conditions = UNCONDITIONAL,
     **given: Any,
 ) -> nn.Module:
@@ -85,7 +94,7 @@ def make_module(
 
     Raises:
       UserError: where the table has no such network, or it does not fit the options, the
-        conditions or the images.
+        conditions or the shape of x.
     """
     name = config.model.name or next(iter(networks))
     require(config, "model.name", lambda _: name in networks, f"{OneOf(networks).must_be} here")
@@ -104,20 +113,22 @@ def make_module(
     with naming("model"):
         module = row(**known, **taken(row, model))
         if check := getattr(module, "check", None):
-            check(image_shape)
+            check(shape)
     return module
 
 
 class Companions(NamedTuple):
-    """What sampling needs beside the model's own parameters.
+    """What a model needs beside its own parameters.
 
     Attributes:
+      read: gives the frozen networks of other runs, for a codec.
       guide: a worse denoiser for autoguidance, or log p(label | x_t) for classifier guidance.
       class_names: the classes of that classifier.
       x0_error: the statistic of the optimal variance.
       record: the guide's identity, as JSON.
     """
 
+    read: Read = reads_nothing
     guide: Any = None
     class_names: tuple[str, ...] = ()
     x0_error: X0Error | None = None
@@ -132,6 +143,7 @@ class Model:
 
     Attributes:
       process, parameterisation, network: those of training.
+      codec: what images are diffused as.
       conditions: what the network is told.
       family: the noise of training, with the reverse that the bound measures.
       sampling_process: the sampler's process, the trained one unless ``sampling.process`` is set.
@@ -140,6 +152,13 @@ class Model:
 
     def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
         self.spec, self._sampling = spec, config.sampling
+        self.codec = make_codec(config, spec, companions.read)
+        require(
+            config,
+            "sampling.dynamic_threshold",
+            lambda value: not value or self.codec.bounded,
+            f"0: model.codec={config.model.codec} has no bounds to keep x_0 within",
+        )
         self.conditions = self.sampling_conditions = make_conditions(config, spec)
         if companions.class_names and "label" not in self.conditions.names:
             guided = (*self.conditions.parts, Label(companions.class_names))
@@ -150,17 +169,16 @@ class Model:
         self.variance: ModelVariance = "learned" if in_output else config.parameterisation.variance
         self.family = Gaussian(self.process, self.variance, spec.num_levels)
         self.self_condition = config.model.self_condition
-        channels = spec.image_shape[-1]
+        shape = self.codec.shape
+        channels = shape[-1]
         module = make_module(
             config,
             NETWORKS,
-            spec.image_shape,
+            shape,
             self.conditions,
             out_channels=2 * channels if in_output else channels,
         )
-        self.network: Network = make_network(
-            module, jnp.zeros((1, *spec.image_shape)), jnp.zeros(1), {}
-        )
+        self.network: Network = make_network(module, jnp.zeros((1, *shape)), jnp.zeros(1), {})
         self.sampling_process = make_sampling_process(config, self.process)
         self._companions = companions
 
@@ -176,11 +194,16 @@ class Model:
     def denoiser(self, params: Any, clip: bool | None = None) -> Denoiser:
         """The network with these parameters, as likelihoods see it.
 
-        ``clip`` limits the predicted x_0 to [-1, 1]; its default is ``sampling.clip``.
+        ``clip`` limits the predicted x_0 to [-1, 1]; its default is ``sampling.clip``, as far as
+        the codec is bounded.
         """
         denoiser = NetworkDenoiser(params, self.network.apply, self.parameterisation)
-        clip = self._sampling.clip if clip is None else clip
+        clip = self._clips if clip is None else clip
         return ClippedDenoiser(denoiser, self.process) if clip else denoiser
+
+    @property
+    def _clips(self) -> bool:
+        return self._sampling.clip and self.codec.bounded
 
     def guided_denoiser(self, params: Any) -> Denoiser:
         """The network with these parameters and all that ``sampling`` puts around it."""
@@ -188,7 +211,7 @@ class Model:
         denoiser = self._guided(self.denoiser(params, clip=False))
         if sampling.dynamic_threshold:
             denoiser = ThresholdedDenoiser(denoiser, self.process, sampling.dynamic_threshold)
-        elif sampling.clip:
+        elif self._clips:
             denoiser = ClippedDenoiser(denoiser, self.process)
         if self.sampling_process is self.process:
             return denoiser

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 from jax_ddpm.conditions.condition import NO_REQUEST
 from jax_ddpm.diffusion.denoiser import Conditioning
@@ -41,7 +41,7 @@ class Generator:
             _, snapshots = sample(
                 sampler,
                 denoiser,
-                sampler.start(prior_keys, model.spec.image_shape),
+                sampler.start(prior_keys, model.codec.shape),
                 step_keys,
                 conditioning,
                 num_snapshots,
@@ -79,8 +79,8 @@ class Generator:
         num_samples: int,
         request: Mapping[str, Any] = NO_REQUEST,
         poll: Poll = never,
-    ) -> Float[np.ndarray, "n h w c"]:
-        """Samples 0, …, num_samples-1 of the seed, float in about [-1, 1]."""
+    ) -> Shaped[np.ndarray, "n *shape"]:
+        """Samples 0, …, num_samples-1 of the seed, as they are diffused: the codec decodes them."""
         return self.snapshots(params, seed, num_samples, request, poll)[0][-1]
 
     def snapshots(
@@ -90,7 +90,7 @@ class Generator:
         num_samples: int,
         request: Mapping[str, Any] = NO_REQUEST,
         poll: Poll = never,
-    ) -> tuple[Float[np.ndarray, "k n h w c"], Float[np.ndarray, "k n h w c"]]:
+    ) -> tuple[Shaped[np.ndarray, "k n *shape"], Shaped[np.ndarray, "k n *shape"]]:
         """x_t and the predicted x_0 of each sample at evenly spaced steps; the last is its end."""
         starts = range(0, num_samples, self.batch_size)
         parts = [part for _, part in self.draw(params, seed, starts, request, poll)]

@@ -1,23 +1,12 @@
-"""Images at the edges: uint8 conversion, grids, files. Inside they are NHWC float in [-1, 1]."""
+"""Images as uint8 in 0…255: grids and files."""
 
 import pathlib
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 
 from jax_ddpm.runtime.files import replacing
-
-
-def from_levels(levels: UInt8[Array, "*shape"], num_levels: int) -> Float[Array, "*shape"]:
-    """Levels 0, …, num_levels-1 (256 for images) evenly spaced over [-1, 1]."""
-    return levels.astype(jnp.result_type(float)) * (2 / (num_levels - 1)) - 1
-
-
-def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """[-1, 1] to 0…255, rounded to the nearest and clipped; nothing else makes this conversion."""
-    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def grid(
@@ -66,27 +55,27 @@ def _line(
 
 def save_grid(
     path: pathlib.Path,
-    images: Float[np.ndarray, "n h w c"],
+    images: UInt8[np.ndarray, "n h w c"],
     columns: int,
     heads: Sequence[str] = (),
 ) -> None:
-    """Writes images in [-1, 1], gray (one channel) or colour (three), as one PNG grid."""
-    save_png(path, grid(to_uint8(images), columns, heads))
+    """Writes images, gray (one channel) or colour (three), as one PNG grid."""
+    save_png(path, grid(images, columns, heads))
 
 
 def save_gif(
     path: pathlib.Path,
-    moments: Float[np.ndarray, "k n h w c"],
+    moments: UInt8[np.ndarray, "k n h w c"],
     columns: int,
     heads: Sequence[str] = (),
 ) -> None:
-    """Writes grids of images in [-1, 1] as the frames of a film, its end held for two seconds.
+    """Writes grids of images as the frames of a film, its end held for two seconds.
 
     The frames before take four seconds at most, or 20 ms each, the least that viewers show.
     """
     from PIL import Image
 
-    grids = [grid(to_uint8(images), columns, heads, min_size=32) for images in moments]
+    grids = [grid(images, columns, heads, min_size=32) for images in moments]
     frames = [Image.fromarray(g.squeeze(-1) if g.shape[-1] == 1 else g) for g in grids]
     milliseconds = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]
     with replacing(path) as partial:

@@ -32,6 +32,7 @@ class Stream(enum.IntEnum):
     LIKELIHOOD = 14
     PHASE = 15
     NETWORK = 16
+    CODEC = 17
 
 
 def stream_key(seed: Any, stream: Stream) -> Any:

@@ -14,6 +14,7 @@ from exact import GaussianDenoiser
 from PIL import Image
 from scipy.stats import norm
 
+from jax_ddpm.codecs.pixels import Pixels
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.diffusion.likelihood import variational_bound
 from jax_ddpm.diffusion.parameterisation import Prediction
@@ -21,7 +22,6 @@ from jax_ddpm.diffusion.process import Process, expand, per_example_normal
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import result_cache, split_terms
 from jax_ddpm.evaluation.bound import Bound, measure_bound, reduce_terms, write_curve
-from jax_ddpm.images import from_levels
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
 from jax_ddpm.runtime.devices import make_mesh
@@ -114,7 +114,7 @@ def matrix(trained, source):
 
     @jax.jit
     def alone(place, batch):
-        x0 = from_levels(batch["image"], LEVELS)
+        x0 = Pixels((), LEVELS).encode(batch)
         keys = jax.random.fold_in(key, place)[None]
         denoiser, given = model.denoiser(params), {"label": batch["label"]}
         return variational_bound(model.chain, denoiser, x0, keys, given, model.variance, LEVELS)
@@ -570,7 +570,7 @@ def test_noise_is_not_that_of_training_or_sampling(trained, source, tmp_path):
     measure_bound(spied, reads, "heldout", 4, 4, tmp_path)
     jax.effects_barrier()
     (index,) = reads.reads
-    x0 = from_levels(jnp.asarray(source.batch("heldout", np.array(index))["image"]), LEVELS)
+    x0 = Pixels((), LEVELS).encode(source.batch("heldout", np.array(index)))
     key = stream_key(jax.random.key(0), Stream.BOUND)
     places = jnp.asarray(index)
     keys = jax.vmap(partial(jax.random.fold_in, key))(places)

@@ -11,6 +11,7 @@ from exact import GaussianDenoiser
 from PIL import Image
 
 from jax_ddpm import images
+from jax_ddpm.codecs.pixels import PICTURES, Pixels
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import q_sample
@@ -190,7 +191,7 @@ def source():
 @pytest.fixture(scope="module")
 def x0(source):
     levels = source.batch("heldout", np.arange(3))["image"]
-    return images.from_levels(jnp.asarray(levels), 17)
+    return Pixels((), 17).encode({"image": levels})
 
 
 class TestDecodingPicture:
@@ -287,7 +288,7 @@ def pairs(monkeypatch):
 def in_range(source):
     """All held-out images."""
     levels = source.batch("heldout", np.arange(source.spec.split_sizes["heldout"]))["image"]
-    return np.asarray(images.from_levels(jnp.asarray(levels), 17))
+    return np.asarray(Pixels((), 17).encode({"image": levels}))
 
 
 class TestDrawCoding:
@@ -316,7 +317,7 @@ class TestDrawCoding:
         draw_coding(make_trained(source), source, "heldout", tmp_path / "run")
         picture, known = (
             images.load_png(tmp_path / "run_decoding.png"),
-            images.to_uint8(in_range(source)),
+            PICTURES.decode(in_range(source)),
         )
         size, gap = 64, 4
         left = 12 * (size + gap) + gap

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from exact import GaussianDenoiser
 
+from jax_ddpm.codecs.pixels import Pixels
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.diffusion.ode_likelihood import dequantised_nll
 from jax_ddpm.errors import UserError
@@ -17,7 +18,6 @@ from jax_ddpm.evaluation.evaluate import evaluate
 from jax_ddpm.evaluation.nll import measure_nll
 from jax_ddpm.evaluation.quality import Evaluation
 from jax_ddpm.evaluation.record import load_record
-from jax_ddpm.images import from_levels
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
 from jax_ddpm.runtime.devices import make_mesh
@@ -30,7 +30,7 @@ MEAN, STD = 0.1, 0.3
 
 
 def make_source():
-    """Levels of a Gaussian."""
+    """Pixels of a Gaussian."""
     rng = np.random.default_rng(0)
 
     def split(count):
@@ -82,7 +82,7 @@ def alone(trained, source):
 
     @jax.jit
     def bits(place, batch):
-        x0, keys = from_levels(batch["image"], LEVELS), jax.random.fold_in(key, place)[None]
+        x0, keys = Pixels((), LEVELS).encode(batch), jax.random.fold_in(key, place)[None]
         given = {"label": batch["label"]}
         return dequantised_nll(model.process, denoiser, x0, keys, given, LEVELS) / np.log(2)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jax_ddpm.codecs.pixels import PICTURES
 from jax_ddpm.data.source import ArraySource
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import quality
@@ -19,7 +20,7 @@ from jax_ddpm.evaluation.kernel import kernel_distance
 from jax_ddpm.evaluation.memorisation import memorisation
 from jax_ddpm.evaluation.quality import Evaluation, measure_quality
 from jax_ddpm.evaluation.reference import reference_of, save_moments
-from jax_ddpm.images import load_png, save_png, to_uint8
+from jax_ddpm.images import load_png, save_png
 from jax_ddpm.inference.trained import Trained
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
@@ -291,9 +292,9 @@ class TestImagesInFiles:
         assert "×".join(map(str, shape)) in str(caught.value)
 
 
-def test_to_uint8_is_the_one_rounding_everywhere(what, trained, source):
+def test_the_codec_rounds_alike_everywhere(what, trained, source):
     """Samples and data alike: to the nearest of 0…255."""
     floats = trained.generator(SIZE)(trained.params, 0, SIZE)
-    nearest = np.abs(np.clip((floats + 1) * 127.5, 0, 255) - to_uint8(floats))
+    nearest = np.abs(np.clip((floats + 1) * 127.5, 0, 255) - PICTURES.decode(floats))
     assert nearest.max() <= 0.5 + 1e-4
-    np.testing.assert_array_equal(to_uint8(floats), samples(trained)[:SIZE])
+    np.testing.assert_array_equal(PICTURES.decode(floats), samples(trained)[:SIZE])

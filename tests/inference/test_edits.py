@@ -3,13 +3,13 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from jax_ddpm import factory, images
 from jax_ddpm.api.arguments import ARGUMENTS
+from jax_ddpm.codecs.pixels import PICTURES
 from jax_ddpm.conditions.label import with_label
 from jax_ddpm.diffusion.editing import inpainting, last_steps, perturbed, projected, resampled
 from jax_ddpm.diffusion.process import per_example_normal
@@ -139,7 +139,7 @@ class TestWhatIsMade:
         request = request_for(files, edit, strength=0.5, jump_length=2, resamplings=2)
         found = edited(model, tmp_path, request, seed=5)
         grid, image, variant = model.model.grid(), 2, 1
-        known = images.from_levels(jnp.asarray(pixels(files)[image : image + 1]), 256)
+        known = PICTURES.encode({"image": pixels(files)[image : image + 1]})
         prior, steps = (
             jax.random.fold_in(jax.random.fold_in(stream_key(jax.random.key(5), s), image), variant)
             for s in (Stream.SAMPLE_PRIOR, Stream.SAMPLE_STEPS)
@@ -152,7 +152,7 @@ class TestWhatIsMade:
             grid = last_steps(grid, 4)
             sampler, x = model.model.sampler(grid), perturbed(grid, known, prior[None])
         x, _ = sample(sampler, model.model.guided_denoiser(model.params), x, steps[None], {})
-        expected = images.to_uint8(np.asarray(x))[0].astype(int)
+        expected = PICTURES.decode(np.asarray(x))[0].astype(int)
         np.testing.assert_allclose(found["images"][image, variant], expected, atol=1)
 
     def test_interpolation_leads_from_one_image_of_a_pair_to_the_other(
@@ -174,7 +174,7 @@ class TestWhatIsMade:
         found = edited(constant, tmp_path, request_for(files, "encode"))
         process, (low, high) = constant.model.process, constant.model.process.time_range
         alpha, sigma = (f(np.array([low, high])) for f in (process.alpha, process.sigma))
-        x0 = np.asarray(images.from_levels(jnp.asarray(pixels(files)), 256), float)
+        x0 = np.asarray(PICTURES.encode({"image": pixels(files)}), float)
         expected = alpha[1] * (x0 + 0.1 * np.diff(sigma / alpha))
         np.testing.assert_allclose(found["noise"][:, 0], expected, atol=1e-5)
         assert found["noise"].dtype == np.float32

@@ -18,6 +18,7 @@ from command import Run
 from PIL import Image, ImageSequence
 
 from jax_ddpm import factory, images
+from jax_ddpm.codecs.pixels import PICTURES
 from jax_ddpm.conditions.label import with_label
 from jax_ddpm.errors import UserError
 from jax_ddpm.inference import trained
@@ -363,7 +364,7 @@ def model(make):
 def expected(model):
     """The first eleven samples."""
     batches = model.generator(SIZE)(model.params, seed=0, num_samples=11)
-    return images.to_uint8(batches)
+    return PICTURES.decode(batches)
 
 
 def load(out):
@@ -429,7 +430,7 @@ class TestKinds:
         write_samples(model, tmp_path / "grid.png", 5, moments=4)
         x, x0 = model.generator(SIZE, 4).snapshots(model.params, 0, 5)
         rows = [row for pair in zip(*np.moveaxis([x, x0], 2, 1), strict=True) for row in pair]
-        shown = images.to_uint8(np.concatenate(rows))
+        shown = PICTURES.decode(np.concatenate(rows))
         picture = images.load_png(tmp_path / "grid.png")
         np.testing.assert_array_equal(picture, images.grid(shown, columns=4))
         np.testing.assert_allclose(shown[3::8].astype(int), expected[:5], atol=1)
@@ -447,9 +448,10 @@ class TestFilm:
         write_samples(model, tmp_path / "new" / "film.gif", 5)
         frames = self.frames(tmp_path / "new" / "film.gif")
         x, _ = model.generator(SIZE, 8).snapshots(model.params, 0, 5)
-        shown = [images.grid(images.to_uint8(x_t), 3, min_size=32)[..., 0] for x_t in x]
+        heads = ("0", "1", "2")
+        shown = [images.grid(PICTURES.decode(x_t), 3, heads, min_size=32)[..., 0] for x_t in x]
         np.testing.assert_array_equal(frames, shown)
-        end = images.grid(expected[:5], 3, min_size=32)[..., 0]
+        end = images.grid(expected[:5], 3, heads, min_size=32)[..., 0]
         np.testing.assert_allclose(frames[-1].astype(int), end, atol=1)
         assert [*everything(tmp_path)] == ["new", "new/film.gif"]
 

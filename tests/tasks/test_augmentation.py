@@ -18,13 +18,13 @@ def keys():
 @pytest.fixture(scope="module")
 def images():
     """No two pixels alike, and none of them black."""
-    values = np.linspace(0, 1, SIZE * HEIGHT * WIDTH, dtype=np.float32)
+    values = np.linspace(1, 2, SIZE * HEIGHT * WIDTH, dtype=np.float32)
     return jnp.asarray(values.reshape(SIZE, HEIGHT, WIDTH, 1))
 
 
 def moved(image, down, across):
     """The images moved by loops over pixels; uncovered pixels are black."""
-    result = np.full_like(image, -1)
+    result = np.zeros_like(image)
     for row in range(HEIGHT):
         for column in range(WIDTH):
             if 0 <= row - down < HEIGHT and 0 <= column - across < WIDTH:

@@ -67,7 +67,7 @@ def keys():
 
 @pytest.fixture
 def objective():
-    return ClassificationObjective(linear, num_levels=17, flip=True, shift=1)
+    return ClassificationObjective(linear, flip=True, shift=1)
 
 
 @pytest.fixture
@@ -76,7 +76,6 @@ def noisy():
     parameterisation = Parameterisation(CHAIN, time_scale=0.07, data_std=0.5, normalise_input=True)
     return NoisyClassificationObjective(
         linear,
-        num_levels=17,
         flip=True,
         shift=1,
         parameterisation=parameterisation,
@@ -97,7 +96,11 @@ def batch():
 def test_measures_the_cross_entropy_and_who_is_right(objective, keys, batch):
     measured = objective.measuring()
     loss, metrics, extra = jax.jit(measured)(
-        {"network": {"gain": jnp.array(3.0)}}, measured.init(), batch, keys, keys.step
+        {"codec": tiny.CODEC, "network": {"gain": jnp.array(3.0)}},
+        measured.init(),
+        batch,
+        keys,
+        keys.step,
     )
     pixels = np.asarray(batch["image"], float).reshape(SIZE, -1) / 16 * 2 - 1
     odds = np.exp(3 * pixels[:, :3])
@@ -110,13 +113,15 @@ def test_measures_the_cross_entropy_and_who_is_right(objective, keys, batch):
 
 
 def test_ignorance_costs_the_logarithm_of_the_number_of_classes(objective, keys, batch):
-    loss, _, _ = objective({"network": {"gain": jnp.zeros(())}}, (), batch, keys, keys.step)
+    loss, _, _ = objective(
+        {"codec": tiny.CODEC, "network": {"gain": jnp.zeros(())}}, (), batch, keys, keys.step
+    )
     np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
 
 
 def loss_at(objective, keys, batch, step, **params):
     at = StepKeys(keys.seed, jnp.array(step), keys.index, SIZE)
-    params = {"network": {"gain": jnp.array(3.0)} | params}
+    params = {"codec": tiny.CODEC, "network": {"gain": jnp.array(3.0)} | params}
     return np.asarray(objective(params, objective.init(), batch, at, at.step)[0])
 
 
@@ -132,7 +137,7 @@ class TestNoisy:
     def test_is_the_cross_entropy_of_noisy_images(self, noisy, keys, batch):
         """Time, noise and the network's input are made by hand."""
         measured = noisy.measuring()
-        params = {"network": {"gain": jnp.array(3.0)}}
+        params = {"codec": tiny.CODEC, "network": {"gain": jnp.array(3.0)}}
         loss, metrics, extra = jax.jit(measured)(params, measured.init(), batch, keys, keys.step)
         assert extra == ()
         t, _ = Stratified(8).draw(
@@ -176,7 +181,7 @@ class TestNoisy:
         """A step along it lowers the loss at the same noise."""
 
         def mean(gain):
-            params = {"network": {"gain": gain}}
+            params = {"codec": tiny.CODEC, "network": {"gain": gain}}
             return jnp.mean(noisy(params, (), batch, keys, keys.step)[0])
 
         slope = jax.grad(mean)(jnp.array(3.0))
@@ -189,7 +194,7 @@ class TestNoisy:
         state = sampler.init()._replace(
             losses=jnp.arange(1.0, 9.0)[:, None], counts=jnp.ones(8, jnp.int32)
         )
-        params = {"network": {"gain": jnp.array(3.0)}}
+        params = {"codec": tiny.CODEC, "network": {"gain": jnp.array(3.0)}}
         loss, _, new = weighted(params, state, batch, keys, keys.step)
         keys_of_time = keys.shared(Stream.TIME), keys.per_example(Stream.TIME)
         t, weight = sampler.draw(state, keys.step, *keys_of_time, jnp.arange(SIZE) / SIZE)
@@ -203,8 +208,10 @@ class TestNoisy:
 def test_splitting_the_batch_changes_nothing(either, mesh_of, parallel):
     def run(num_devices, accumulate, parallel):
         mesh = mesh_of(num_devices)
-        recipe = one_network(tiny.config(), tiny.network(), either)._replace(accumulate=accumulate)
-        params = {"network": {"gain": jnp.array(3.0)}}
+        recipe = one_network(tiny.config(), tiny.network(), tiny.CODEC, either)._replace(
+            accumulate=accumulate
+        )
+        params = {"codec": tiny.CODEC, "network": {"gain": jnp.array(3.0)}}
         state = spread(init_state(recipe, params), mesh)
         step = compile_step(recipe, state, mesh, parallel)
         batches = jax.tree.map(lambda x: x[None], tiny.batch(tiny.spec()))

@@ -57,7 +57,9 @@ def test_error_is_that_of_algorithm_1(make_setting, keys):
     setting = make_setting(data__flip=False, model__class_conditional=False)
     params, batch = setting.model.network.init(jax.random.key(0)), tiny.batch(setting.spec, SIZE)
     measured = dataclasses.replace(setting.objective, augment=False)
-    loss, _, _ = jax.jit(measured)({"network": params}, (), batch, keys, keys.step)
+    loss, _, _ = jax.jit(measured)(
+        {"codec": tiny.CODEC, "network": params}, (), batch, keys, keys.step
+    )
 
     num_timesteps = setting.config.process.num_timesteps
     steps = np.arange(num_timesteps + 1) / num_timesteps
@@ -76,7 +78,7 @@ def test_quarters_of_t_share_out_the_loss(make_setting, keys):
     sampler = Given(8, times=(0, 1, 2, 5, 7, 6))
     setting = make_setting(data__flip=False, model__class_conditional=False)
     objective = dataclasses.replace(setting.objective, time_sampler=sampler)
-    params = {"network": setting.model.network.init(jax.random.key(0))}
+    params = {"codec": tiny.CODEC, "network": setting.model.network.init(jax.random.key(0))}
     batch = tiny.batch(setting.spec, SIZE)
     loss, metrics, _ = jax.jit(objective)(params, (), batch, keys, keys.step)
     sums = [(np.sum(values), np.sum(weights)) for values, weights in metrics.values()]
@@ -114,7 +116,9 @@ class TestContinuousTime:
         setting = make_setting(**fields)
         params = setting.model.network.init(jax.random.key(0))
         batch = tiny.batch(setting.spec, SIZE)
-        loss, _, _ = jax.jit(setting.objective)({"network": params}, (), batch, keys, keys.step)
+        loss, _, _ = jax.jit(setting.objective)(
+            {"codec": tiny.CODEC, "network": params}, (), batch, keys, keys.step
+        )
         return params, scaled(batch, setting.spec.num_levels), loss
 
     @staticmethod
@@ -165,7 +169,7 @@ class TestContinuousTime:
         size = 2000
         setting = make_setting(**fields)
         keys = StepKeys(jax.random.key(3), jnp.array(5), jnp.arange(size), size)
-        params = {"network": setting.model.network.init(jax.random.key(0))}
+        params = {"codec": tiny.CODEC, "network": setting.model.network.init(jax.random.key(0))}
         batch = tiny.batch(setting.spec, size)
         loss, metrics, _ = jax.jit(setting.objective)(params, (), batch, keys, keys.step)
         values, weights = map(np.stack, zip(*metrics.values(), strict=True))
@@ -186,7 +190,7 @@ class TestContinuousTime:
 
         spying = dataclasses.replace(objective, apply=spy)
         batch = on_device(tiny.batch(tiny.spec(), SIZE))
-        spying({"network": ()}, (), batch, keys, keys.step)
+        spying({"codec": tiny.CODEC, "network": ()}, (), batch, keys, keys.step)
         if fields is EDM:
             rank = norm(-1.2, 1.2).cdf(np.asarray(seen["time"]) / 250)
         else:
@@ -235,7 +239,7 @@ class TestSelfConditioning:
 
                 spying = dataclasses.replace(objective, apply=spy)
                 params = {"first": 0.5, "second": 0.7, "told": 0.3}
-                spying({"network": params}, (), batch, keys, keys.step)
+                spying({"codec": tiny.CODEC, "network": params}, (), batch, keys, keys.step)
                 return calls
 
             return run(batch, keys)
@@ -271,7 +275,9 @@ class TestSelfConditioning:
 
     def test_does_not_train_the_first_answer(self, objective, batch, keys):
         def loss(params):
-            return jnp.mean(objective({"network": params}, (), batch, keys, keys.step)[0])
+            return jnp.mean(
+                objective({"codec": tiny.CODEC, "network": params}, (), batch, keys, keys.step)[0]
+            )
 
         params = {"first": jnp.array(0.5), "second": jnp.array(0.7), "told": jnp.array(0.3)}
         gradient = jax.jit(jax.grad(loss))(params)
@@ -280,7 +286,7 @@ class TestSelfConditioning:
         assert gradient["told"] != 0
 
     def test_does_not_depend_on_how_the_batch_is_split(self, objective, batch, keys):
-        params = {"network": {"first": 0.5, "second": 0.7, "told": 0.3}}
+        params = {"codec": tiny.CODEC, "network": {"first": 0.5, "second": 0.7, "told": 0.3}}
 
         @jax.jit
         def losses(batch, keys):
@@ -312,7 +318,9 @@ class TestHybrid:
             output = jnp.asarray(rng.standard_normal((SIZE, 4, 4, 2)), jnp.float32)
 
             def total(output):
-                loss, _, _ = objective({"network": output}, (), batch, keys, keys.step)
+                loss, _, _ = objective(
+                    {"codec": tiny.CODEC, "network": output}, (), batch, keys, keys.step
+                )
                 return loss.sum()
 
             return np.split(jax.jit(jax.grad(total))(output), 2, axis=-1)
@@ -350,7 +358,9 @@ def test_mean_of_the_bound_over_t_is_the_variational_bound(make_setting):
     )
     index = jnp.arange(num_timesteps)
     keys = StepKeys(jax.random.key(0), jnp.array(0), index, num_timesteps)
-    loss, _, _ = jax.jit(objective)({"network": x0_hat}, (), {"image": images}, keys, keys.step)
+    loss, _, _ = jax.jit(objective)(
+        {"codec": tiny.CODEC, "network": x0_hat}, (), {"image": images}, keys, keys.step
+    )
 
     model.network = model.network._replace(apply=output_is_parameter)
     bound = variational_bound(
@@ -388,7 +398,7 @@ class TestAugmentation:
 
             sampler = Given(8, times=(0,) * self.size)
             spying = dataclasses.replace(objective, apply=spy, time_sampler=sampler)
-            spying({"network": ()}, (), batch, keys, keys.step)
+            spying({"codec": tiny.CODEC, "network": ()}, (), batch, keys, keys.step)
             return fed
 
         return run(batch, keys)

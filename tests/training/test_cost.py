@@ -64,7 +64,9 @@ def setting(network="dense", remat="", accumulate=1):
         blocks = [{"in": jnp.zeros((16, 512)), "out": jnp.zeros((512, 16))} for _ in range(4)]
         params = {"bias": jnp.zeros((1, 4, 4, 1)), "blocks": blocks}
         objective = dataclasses.replace(objective, apply=dense)
-    recipe = one_network(config, model.network, objective)._replace(accumulate=accumulate)
+    recipe = one_network(config, model.network, model.codec, objective)._replace(
+        accumulate=accumulate
+    )
     state = partial(init_state, recipe)
     return recipe, jax.eval_shape(state, {"network": params})
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jax_ddpm import options
+from jax_ddpm.codecs.table import CODECS
 from jax_ddpm.data.table import SOURCES
 from jax_ddpm.diffusion.guidance import RescaledGuidance
 from jax_ddpm.diffusion.losses import OWN_TARGET, WEIGHTINGS
@@ -44,6 +45,7 @@ def tables(modules: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
         "task": TASKS.of(modules),
         "data.source": SOURCES.of(modules),
         "model.name": NETWORKS.of(modules) | CLASSIFIERS.of(modules),
+        "model.codec": CODECS.of(modules),
         "process.name": PROCESSES.of(modules),
         "training.optimiser": OPTIMISERS.of(modules),
         "sampling.sampler": SAMPLERS.of(modules),
@@ -70,7 +72,7 @@ def fields(modules: Iterable[str] = ()) -> dict[str, Option]:
     sections: dict[str, tuple[dict[str, Option], ...]] = {
         "": (_RUN, _of(known["task"])),
         "data": (_of(known["data.source"]), _DATA),
-        "model": (_of(known["model.name"]), _MODEL),
+        "model": (_of(known["model.name"]), _of(known["model.codec"]), _MODEL),
         "process": (_of(known["process.name"]), _PROCESS),
         "parameterisation": (options.of(Parameterisation), _PARAMETERISATION),
         "loss": (_LOSS,),
@@ -126,6 +128,7 @@ _DATA = {
 }
 _MODEL = {
     "name": Option("The network; '': the task's usual.", default=""),
+    "codec": Option("What images are diffused as.", default="pixels"),
     "class_conditional": Option("The network is told the class.", default=False),
     "self_condition": Option("It is told its own earlier estimate of x_0.", default=False),
     "dtype": Option("Of computation.", OneOf(("float32", "bfloat16")), "float32"),

@@ -124,13 +124,14 @@ def draw_coding(trained: Trained, source: Source, split: str, stem: pathlib.Path
     """
     size = source.spec.split_sizes[split]
     batch = source.batch(split, batch_indices(0, 0, size, size)[:_CANDIDATES])
-    x0 = images.from_levels(jnp.asarray(batch["image"]), source.spec.num_levels)
+    x0 = trained.model.codec.encode(batch)
     labels = batch.get("label", np.zeros(len(x0), np.int32))
     given = trained.model.conditions.given(batch)
     decoding = decoding_picture(trained, x0[:4], jax.tree.map(lambda x: x[:4], given))
     columns = len(decoding) // (2 * len(x0[:4]))
-    images.save_grid(stem.with_name(f"{stem.name}_decoding.png"), decoding, columns)
+    decode = trained.model.codec.decode
+    images.save_grid(stem.with_name(f"{stem.name}_decoding.png"), decode(decoding), columns)
     pair = np.resize(np.flatnonzero(labels == np.bincount(labels).argmax()), 2)
     first = jax.tree.map(lambda x: x[pair[:1]], given)
     rows = interpolation_picture(trained, x0[pair], first)
-    images.save_grid(stem.with_name(f"{stem.name}_interpolation.png"), rows, columns=9)
+    images.save_grid(stem.with_name(f"{stem.name}_interpolation.png"), decode(rows), columns=9)

@@ -89,6 +89,11 @@ def _check(what: Evaluation, metrics: list[str]) -> None:
     for name in {"bpd", "nll", "coding"} & set(metrics):
         if what.trained is None or what.samples is not None:
             raise UserError(f"--metrics={name} measures a model: give --workdir, not --samples")
+        if not what.trained.model.codec.bounded:
+            raise UserError(
+                f"--metrics={name} is of pixels, and this model diffuses something else; measure "
+                "its samples, for example by --metrics=fid"
+            )
     if set(METRICS) & set(metrics) and what.samples is None and what.num_samples is None:
         raise UserError(
             "--num_samples is missing; 50,000 are the custom, --metrics=kid takes fewer"

@@ -8,7 +8,6 @@ from jaxtyping import Array, UInt8
 
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.features import Extractor
-from jax_ddpm.images import from_levels
 from jax_ddpm.inference.trained_classifier import load_classifier
 from jax_ddpm.interop.torch_file import load_state_dict
 
@@ -90,8 +89,10 @@ def classifier(workdir: pathlib.Path, image_shape: tuple[int, int, int]) -> Extr
         )
         raise UserError(f"--extractor={workdir}: made for images of {wanted}, these are {found}")
 
+    codec = trained.model.codec.with_levels(256)
+
     def apply(params: Any, images: UInt8[Array, "b h w c"]) -> tuple[Array, Array]:
-        return trained.model.network.apply(params, from_levels(images, 256))
+        return trained.model.network.apply(params, codec.encode({"image": images}))
 
     record = {"name": "classifier"} | trained.record
     names = trained.spec.class_names

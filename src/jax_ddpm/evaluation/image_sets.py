@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jax_ddpm.codecs.pixels import PICTURES, pixels
 from jax_ddpm.data.given import given_arrays, given_folder
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
 from jax_ddpm.evaluation.result_cache import Arrays, ResultCache
-from jax_ddpm.images import from_levels, to_uint8
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.stopping import Poll, never
 
@@ -65,7 +64,7 @@ def sample_set(
     def compute(wanted: Iterable[int]) -> Iterator[tuple[int, Arrays]]:
         starts = (part * size for part in wanted)
         for start, batch in generator.draw(trained.params, seed, starts, poll=poll):
-            yield start // size, {"images": to_uint8(np.asarray(batch.x[-1]))}
+            yield start // size, {"images": trained.model.codec.decode(batch.x[-1])}
 
     identity = {
         "computes": "samples",
@@ -88,12 +87,11 @@ def sample_set(
 
 def split_set(source: Source, split: str) -> ImageSet:
     """A split of a data set, in a random order that is always the same."""
-    size, num_levels = source.spec.split_sizes[split], source.spec.num_levels
+    size, codec = source.spec.split_sizes[split], pixels(source.spec)
     order = batch_indices(0, 0, size, size)
 
     def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
-        levels = jnp.asarray(source.batch(split, order[index])["image"])
-        return to_uint8(np.asarray(from_levels(levels, num_levels)))
+        return codec.decode(codec.encode(source.batch(split, order[index])))
 
     return ImageSet({"data": source.spec.identity, "split": split}, size, read)
 
@@ -121,6 +119,6 @@ def noised(images: ImageSet, std: int) -> ImageSet:
     def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
         clean = images.read(index)
         noise = np.stack([np.random.default_rng(i).standard_normal(clean.shape[1:]) for i in index])
-        return to_uint8((clean + std * noise) / 127.5 - 1)
+        return PICTURES.decode((clean + std * noise) / 127.5 - 1)
 
     return dataclasses.replace(images, identity=images.identity | {"noise": std}, read=read)

@@ -10,7 +10,6 @@ from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.denoiser import Denoiser
 from jax_ddpm.evaluation.result_cache import Arrays, ResultCache
-from jax_ddpm.images import from_levels
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.runtime.devices import compile_over, make_mesh, place, round_up, whole
@@ -48,7 +47,7 @@ def split_terms(
     denoiser = place(denoiser, whole(mesh))
 
     def of_batch(denoiser, index, batch):
-        x0 = from_levels(batch["image"], model.spec.num_levels)
+        x0 = model.codec.encode(batch)
         return terms(denoiser, x0, example_keys(key, index), model.conditions.given(batch))
 
     of_batch = compile_over(of_batch, (whole(mesh), *[over(mesh)] * 2), over(mesh))

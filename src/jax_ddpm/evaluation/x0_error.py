@@ -11,7 +11,6 @@ from jax_ddpm.data.plan import batch_indices, padded_batches
 from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.optimal_variance import X0Error, visited_times, x0_error
 from jax_ddpm.evaluation.finite import finite
-from jax_ddpm.images import from_levels
 from jax_ddpm.inference.companions import x0_error_path
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, stream_key
@@ -32,7 +31,7 @@ def estimate_x0_error(
     batches = padded_batches(len(chosen), round_up(batch_size, mesh))
 
     def summed(denoiser, index, mask, batch):
-        x0 = from_levels(batch["image"], model.spec.num_levels)
+        x0 = model.codec.encode(batch)
         t, keys = jnp.asarray(times, x0.dtype), example_keys(key, index)
         found = x0_error(model.process, denoiser, x0, t, keys, model.conditions.given(batch))
         return jnp.sum(jnp.where(mask[None], found, 0), axis=1)

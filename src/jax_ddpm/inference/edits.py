@@ -114,9 +114,10 @@ def write_edits(
         with replacing(out) as partial, partial.open("wb") as packed:
             np.savez(packed, **arrays)  # type: ignore[arg-type]
         return
-    ends = arrays["given"].reshape(-1, edit.together, *given.shape[1:])
+    seen = arrays["given"]
+    ends = seen.reshape(-1, edit.together, *seen.shape[1:])
     shown = np.concatenate([ends[:, :1], arrays["images"], ends[:, 1:]], axis=1)
-    picture = images.grid(shown.reshape(-1, *given.shape[1:]), columns=shown.shape[1])
+    picture = images.grid(shown.reshape(-1, *seen.shape[1:]), columns=shown.shape[1])
     images.save_png(out, picture)
 
 
@@ -139,7 +140,7 @@ def edit_images(
     return _edit(trained, *_prepare(trained.model, request), seed, batch_size, poll)
 
 
-def _prepare(model: Model, request: Request) -> tuple[Edit, Float[Array, "n h w c"]]:
+def _prepare(model: Model, request: Request) -> tuple[Edit, Float[Array, "n *shape"]]:
     """The edit and its images; everything that can be refused is refused here."""
     if request.edit not in EDITS:
         near = did_you_mean(str(request.edit), EDITS)
@@ -161,7 +162,7 @@ def _prepare(model: Model, request: Request) -> tuple[Edit, Float[Array, "n h w 
 def _edit(
     trained: Trained,
     edit: Edit,
-    given: Float[Array, "n h w c"],
+    given: Float[Array, "n *shape"],
     seed: int,
     batch_size: int | None,
     poll: Poll,
@@ -169,21 +170,23 @@ def _edit(
     rows = np.asarray(given).reshape(-1, edit.together, *given.shape[1:])
     size = batch_size or trained.config.sampling.batch_size
     outputs = _draw(trained, edit, rows, seed, size, poll)
+    decode, drawn = trained.model.codec.decode, outputs["images"]
+    found = decode(drawn.reshape(-1, *given.shape[1:]))
     return outputs | {
-        "given": images.to_uint8(np.asarray(edit.seen(given))),
-        "images": images.to_uint8(outputs["images"]),
+        "given": decode(np.asarray(edit.seen(given))),
+        "images": found.reshape(*drawn.shape[:2], *found.shape[1:]),
     }
 
 
 def _draw(
     trained: Trained,
     edit: Edit,
-    rows: Float[np.ndarray, "rows together h w c"],
+    rows: Float[np.ndarray, "rows together *shape"],
     seed: int,
     size: int,
     poll: Poll,
 ) -> dict[str, np.ndarray]:
-    """The outputs of each row, ``[rows, repeats·each, h, w, c]``, in batches of ``size`` images."""
+    """The outputs of each row, ``[rows, repeats·each, *shape]``, in batches of ``size`` images."""
     mesh = devices.make_mesh()
     whole, split = devices.whole(mesh), devices.split(mesh)
     number = len(rows) * edit.repeats
@@ -217,6 +220,10 @@ def _sampled(
 
 
 def _of_known_part(model: Model, request: Request, project: Projection) -> Edit:
+    if not model.codec.bounded:
+        raise UserError(
+            f"--edit={request.edit}: this model diffuses no pixels, of which a part could be known"
+        )
     grid = model.grid()
     sampler = model.sampler(grid)
 
@@ -226,7 +233,7 @@ def _of_known_part(model: Model, request: Request, project: Projection) -> Edit:
             return inside
         return resampled(inside, grid, request.jump_length, request.resamplings)
 
-    conditioned(jnp.zeros((1, *model.spec.image_shape)))  # refused now rather than when it runs
+    conditioned(jnp.zeros((1, *model.codec.shape)))  # refused now rather than when it runs
 
     def draw(denoiser, given, prior_keys, step_keys):
         known = given[:, 0]
@@ -322,8 +329,8 @@ def _conditioning(model: Model, request: Request, number: int) -> Conditioning:
     return model.sampling_conditions.asked(request.asked, np.zeros(number, np.int32))
 
 
-def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:
-    """Images in [-1, 1]; a colour model takes gray ones too, and super-resolution small ones."""
+def _read_images(model: Model, request: Request) -> Float[Array, "n *shape"]:
+    """Images as they are diffused; a colour model takes gray ones too, superres small ones."""
     height, width, channels = model.spec.image_shape
     found = request.images
     if isinstance(found, pathlib.Path):
@@ -340,7 +347,7 @@ def _read_images(model: Model, request: Request) -> Float[Array, "n h w c"]:
             f"--images={_told(request.images)}: {_size(found.shape[1:])}; the model makes "
             f"{_size(model.spec.image_shape)}"
         )
-    return images.from_levels(jnp.asarray(found), 256)
+    return model.codec.with_levels(256).encode({"image": found})
 
 
 def _read_kept(model: Model, mask: pathlib.Path | np.ndarray) -> Bool[np.ndarray, "h w"]:

@@ -63,9 +63,10 @@ def write_samples(
         with tempfile.TemporaryFile(dir=out.parent):
             pass  # refused now, not when all is drawn
 
-    layout = generator.layout(num_samples, request)
+    layout, decode = generator.layout(num_samples, request), trained.model.codec.decode
     if film or moments > 1:
-        x, x0 = generator.snapshots(trained.params, seed, num_samples, request, poll)
+        moments_of = generator.snapshots(trained.params, seed, num_samples, request, poll)
+        x, x0 = (np.stack([decode(moment) for moment in each]) for each in moments_of)
         if film:
             images.save_gif(out, x, *layout)
             return
@@ -74,12 +75,12 @@ def write_samples(
         return
     if out.suffix == ".png":
         x = generator(trained.params, seed, num_samples, request, poll)
-        images.save_grid(out, x, *layout)
+        images.save_grid(out, decode(x), *layout)
         return
 
     def draw(starts):
         for start, batch in generator.draw(trained.params, seed, starts, request, poll):
-            yield start, images.to_uint8(np.asarray(batch.x[-1]))
+            yield start, decode(batch.x[-1])
 
     noted = trained.model.sampling_conditions.noted(request)
     record = trained.record | {"seed": seed, "class": None} | noted

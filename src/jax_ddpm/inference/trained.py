@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from jax_ddpm import factory, images, options
+from jax_ddpm import factory, options
 from jax_ddpm.conditions.label import class_number, with_label
 from jax_ddpm.config import default
 from jax_ddpm.config.validation import validate_sampling
@@ -24,7 +24,7 @@ from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.identity import load_identity
 from jax_ddpm.runs.served import served
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.tasks.table import task_of
+from jax_ddpm.tasks.table import make_model, task_of
 
 
 class Trained:
@@ -48,7 +48,7 @@ class Trained:
         companions: Companions = factory.ALONE,
     ):
         self.config, self.spec, self.step, self.item, self.params = config, spec, step, item, params
-        self.model = factory.Model(config, spec, companions)
+        self.model = make_model(config, spec, companions)
         self._record = {
             "parameters": item,
             "checkpoint_step": step,
@@ -92,7 +92,8 @@ class Trained:
         """
         size = min(num_samples, batch_size or self.config.sampling.batch_size)
         request |= with_label(label)
-        return images.to_uint8(self.generator(size)(self.params, seed, num_samples, request))
+        samples = self.generator(size)(self.params, seed, num_samples, request)
+        return self.model.codec.decode(samples)
 
 
 def read(

@@ -12,7 +12,6 @@ from jax_ddpm import factory
 from jax_ddpm.data.plan import padded_batches
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.errors import UserError
-from jax_ddpm.images import from_levels
 from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.identity import load_identity
 from jax_ddpm.runs.served import served
@@ -56,7 +55,7 @@ class TrainedClassifier:
 
         Pure: call it under ``jit``.
         """
-        return self.model.network.apply(params, from_levels(images, self.spec.num_levels))
+        return self.model.network.apply(params, self.model.codec.encode({"image": images}))
 
     def _accuracy(self, source: Source) -> float:
         apply, count, right = jax.jit(self.apply), self.spec.split_sizes["heldout"], 0

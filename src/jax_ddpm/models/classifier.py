@@ -49,11 +49,11 @@ class ResNet(nn.Module):
     dtype: Dtype = jnp.float32
     remat: Remat = UNet.remat
 
-    def check(self, image_shape: tuple[int, int, int] | None = None) -> None:
-        """Raises Unfit where options contradict each other, or the shape of the images."""
+    def check(self, shape: tuple[int, ...] | None = None) -> None:
+        """Raises Unfit where options contradict each other, or the shape of x."""
         check_groups(self.base_channels, self.channel_multipliers, self.num_groups)
-        if image_shape is not None:
-            check_levels(self.channel_multipliers, self.attention_resolutions, image_shape)
+        if shape is not None:
+            check_levels(self.channel_multipliers, self.attention_resolutions, shape)
 
     @nn.compact
     def __call__(

@@ -55,10 +55,12 @@ def check_groups(base_channels: int, channel_multipliers: tuple[int, ...], num_g
 def check_levels(
     channel_multipliers: tuple[int, ...],
     attention_resolutions: tuple[int, ...],
-    image_shape: tuple[int, int, int],
+    shape: tuple[int, ...],
 ) -> None:
-    """Raises Unfit where images cannot be halved so often, or no level has a given height."""
-    height, width, _ = image_shape
+    """Raises ValueError where x cannot be halved so often, or no level has a given height."""
+    if len(shape) != 3:
+        raise ValueError(f"this network takes images [height, width, channels]; x is {list(shape)}")
+    height, width, _ = shape
     levels = len(channel_multipliers)
     factor = 2 ** (levels - 1)
     if height % factor or width % factor:

@@ -1,11 +1,14 @@
-"""A Linen module as a pair of pure functions, which training and sampling see of a network."""
+"""A Linen module as a pair of pure functions, which training and sampling see of a network; and
+the networks of other runs."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
+from jax_ddpm.errors import UserError
 from jax_ddpm.models.initialisers import HostInitialiser, generator
 
 
@@ -19,6 +22,29 @@ class Network(NamedTuple):
 
     init: Any
     apply: Any
+
+
+class Frozen(NamedTuple):
+    """A trained network of another run, which is read and never changed.
+
+    Attributes:
+      params: its parameters, a tree.
+      model: the model that run trained, whose functions take them.
+      record: their identity, as JSON.
+    """
+
+    params: Any
+    model: Any
+    record: dict[str, Any]
+
+
+# The name of a config's field that holds the workdir of a run → its network.
+Read = Callable[[str], Frozen]
+
+
+def reads_nothing(field: str) -> Frozen:
+    """The ``Read`` of a recipe that stands alone."""
+    raise UserError(f"config.{field}: no other run is read here")
 
 
 def make_network(module: nn.Module, *example_inputs: Any) -> Network:

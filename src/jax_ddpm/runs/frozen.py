@@ -3,18 +3,21 @@
 import json
 import pathlib
 import warnings
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jax_ddpm.errors import UserError
+from jax_ddpm.factory import Companions
+from jax_ddpm.models.network import Frozen
 from jax_ddpm.options import value_of
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.identity import load_identity
 from jax_ddpm.runs.served import served
 from jax_ddpm.runtime.files import replacing
-from jax_ddpm.tasks.recipe import Frozen, Recipe
+from jax_ddpm.tasks.recipe import Recipe
 from jax_ddpm.tasks.table import make_model
 
 _NAME = "frozen.json"
@@ -53,8 +56,8 @@ def read_frozen(
 
 def save_frozen(workdir: pathlib.Path, recipe: Recipe) -> None:
     """Notes which frozen networks a run began with in ``frozen.json``, if there are any."""
-    if recipe.frozen:
-        records = {name: network.record for name, network in recipe.frozen.items()}
+    records = {name: each.record for name, each in recipe.frozen.items() if each.record}
+    if records:
         with replacing(workdir / _NAME) as path:
             path.write_text(json.dumps(records, indent=2) + "\n")
 
@@ -73,4 +76,5 @@ def _read(donor: pathlib.Path, step: int | None) -> Frozen:
     config, spec = load_identity(donor)
     step, params = served(donor, config, step)
     record = {"task": config.task, "checkpoint_step": step, "sha256": digest(params)}
-    return Frozen(params, make_model(config, spec), record)
+    read = partial(read_frozen, config, workdir=donor)
+    return Frozen(params, make_model(config, spec, Companions(read)), record)

@@ -10,26 +10,27 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory
+from jax_ddpm.codecs.codec import Codec
 from jax_ddpm.data.source import Spec
 from jax_ddpm.diffusion.family import Gaussian
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.time_sampling import TimeSampler
-from jax_ddpm.images import from_levels
+from jax_ddpm.factory import ALONE, Companions
 from jax_ddpm.keys import StepKeys, Stream
-from jax_ddpm.models.network import Network
+from jax_ddpm.models.network import Network, Read
 from jax_ddpm.models.table import CLASSIFIERS
 from jax_ddpm.options import require
 from jax_ddpm.tasks import augmentation
 from jax_ddpm.tasks.noising import noised
 from jax_ddpm.tasks.objective import Metrics
-from jax_ddpm.tasks.recipe import Read, Recipe, one_network
+from jax_ddpm.tasks.recipe import Recipe, one_network
 from jax_ddpm.tasks.task import Task
 
 
 class ImageClassifier:
     """The network that classifies the data: ``x → (features, logits)``."""
 
-    def __init__(self, config: ConfigDict, spec: Spec):
+    def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
         require(
             config,
             "task",
@@ -37,22 +38,23 @@ class ImageClassifier:
             "diffusion: this data has no labels",
         )
         self.spec, self.num_classes = spec, spec.num_classes
+        self.codec = factory.make_codec(config, spec, companions.read)
         self.network: Network = factory.make_network(
             factory.make_module(
-                config, CLASSIFIERS, spec.image_shape, num_classes=spec.num_classes
+                config, CLASSIFIERS, self.codec.shape, num_classes=spec.num_classes
             ),
             *self._example_inputs(),
         )
 
     def _example_inputs(self) -> tuple[Any, ...]:
-        return (jnp.zeros((1, *self.spec.image_shape)),)
+        return (jnp.zeros((1, *self.codec.shape)),)
 
 
 class NoisyImageClassifier(ImageClassifier):
     """The classifier of x_t, for guidance: ``(x_t, dropout_keys, time) → (features, logits)``."""
 
-    def __init__(self, config: ConfigDict, spec: Spec):
-        super().__init__(config, spec)
+    def __init__(self, config: ConfigDict, spec: Spec, companions: Companions = ALONE):
+        super().__init__(config, spec, companions)
         self.parameterisation = factory.make_parameterisation(config)
         self.process = self.parameterisation.process
 
@@ -64,15 +66,15 @@ class NoisyImageClassifier(ImageClassifier):
 class ClassificationObjective:
     """The cross-entropy -log p(label | x) in nats, for the parameters "network".
 
+    It reads "codec", which makes x of a batch.
+
     Attributes:
       apply: the network, ``(params, x, dropout_keys) → (features, logits)``.
-      num_levels: the levels of the data, for scaling to [-1, 1].
       flip, shift: whether to mirror images at random, and the most pixels to move them by.
       augment: whether flips, shifts and dropout happen: False when measuring.
     """
 
     apply: Callable
-    num_levels: int
     flip: bool
     shift: int
     augment: bool = True
@@ -93,7 +95,7 @@ class ClassificationObjective:
         keys: StepKeys,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, " batch"], Metrics, Any]:
-        x = self._images(batch, keys)
+        x = self._encode(params["codec"], batch, keys)
         _, logits = self.apply(params["network"], x, self._dropout_keys(keys))
         loss, correct = _judge(logits, batch["label"])
         return loss, {"accuracy": (correct, jnp.ones_like(correct))}, extra
@@ -101,16 +103,18 @@ class ClassificationObjective:
     def _dropout_keys(self, keys: StepKeys) -> Any:
         return keys.per_example(Stream.DROPOUT) if self.augment else None
 
-    def _images(self, batch: dict[str, Array], keys: StepKeys) -> Array:
-        x = from_levels(batch["image"], self.num_levels)
+    def _encode(self, codec: Codec, batch: dict[str, Array], keys: StepKeys) -> Array:
         if not self.augment:
-            return x
+            return codec.encode(batch)
         flip_keys, shift_keys = jax.vmap(jax.random.split, out_axes=1)(
             keys.per_example(Stream.FLIP)
         )
+        images = batch["image"]
         if self.flip:
-            x = augmentation.flip(flip_keys, x)
-        return augmentation.shift(shift_keys, x, self.shift) if self.shift else x
+            images = augmentation.flip(flip_keys, images)
+        if self.shift:
+            images = augmentation.shift(shift_keys, images, self.shift)
+        return codec.encode(batch | {"image": images}, keys.per_example(Stream.CODEC))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -144,7 +148,7 @@ class NoisyClassificationObjective(ClassificationObjective):
         keys: StepKeys,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, " batch"], Metrics, Any]:
-        x0 = self._images(batch, keys)
+        x0 = self._encode(params["codec"], batch, keys)
         family = Gaussian(self.parameterisation.process)
         t, importance, xt, _ = noised(family, self.time_sampler, extra, x0, keys, step)
         _, logits = self.apply(
@@ -173,7 +177,6 @@ def _judge(
 def _fields(config: ConfigDict, model: ImageClassifier) -> dict[str, Any]:
     return {
         "apply": model.network.apply,
-        "num_levels": model.spec.num_levels,
         "flip": config.data.flip,
         "shift": config.data.shift,
     }
@@ -181,7 +184,7 @@ def _fields(config: ConfigDict, model: ImageClassifier) -> dict[str, Any]:
 
 def _recipe(config: ConfigDict, model: ImageClassifier, read: Read) -> Recipe:
     objective = ClassificationObjective(**_fields(config, model))
-    return one_network(config, model.network, objective)
+    return one_network(config, model.network, model.codec, objective)
 
 
 def _noisy_recipe(config: ConfigDict, model: NoisyImageClassifier, read: Read) -> Recipe:
@@ -190,7 +193,7 @@ def _noisy_recipe(config: ConfigDict, model: NoisyImageClassifier, read: Read) -
         parameterisation=model.parameterisation,
         time_sampler=factory.make_time_sampler(config, model.process),
     )
-    return one_network(config, model.network, objective)
+    return one_network(config, model.network, model.codec, objective)
 
 
 CLASSIFICATION = Task(ImageClassifier, _recipe, CLASSIFIERS)

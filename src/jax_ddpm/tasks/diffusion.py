@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory
+from jax_ddpm.codecs.codec import Codec
 from jax_ddpm.conditions.condition import Conditions
 from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
 from jax_ddpm.diffusion.family import Gaussian
@@ -18,13 +19,13 @@ from jax_ddpm.diffusion.losses import weighted_error
 from jax_ddpm.diffusion.parameterisation import Parameterisation
 from jax_ddpm.diffusion.process import expand
 from jax_ddpm.diffusion.time_sampling import TimeSampler
-from jax_ddpm.images import from_levels
 from jax_ddpm.keys import StepKeys, Stream
+from jax_ddpm.models.network import Read
 from jax_ddpm.models.table import NETWORKS
 from jax_ddpm.tasks import augmentation
 from jax_ddpm.tasks.noising import noised
 from jax_ddpm.tasks.objective import Metrics
-from jax_ddpm.tasks.recipe import Read, Recipe, one_network
+from jax_ddpm.tasks.recipe import Recipe, one_network
 from jax_ddpm.tasks.task import Task
 
 
@@ -32,12 +33,14 @@ from jax_ddpm.tasks.task import Task
 class DiffusionObjective:
     """Denoising at random times (Ho et al. 2020, algorithm 1), for the parameters "network".
 
+    It reads "codec", which makes x_0 of a batch.
+
     Attributes:
       apply: the network, ``(params, x, time, conditioning, dropout_keys) → output``.
       loss: "error", the weighted ε-error; "bound", T·L_t in bits/dim; "hybrid", the error plus
         ``bound_weight`` times the bound, which then trains the variance alone (Nichol & Dhariwal
         2021, eq. 16).
-      num_levels: the levels of the data, for scaling to [-1, 1] and for the discrete decoder.
+      num_levels: the levels of the data, for the bound's discrete decoder.
       self_condition: whether half of the examples get the network's first estimate of them (Chen et
         al. 2023, Analog bits, algorithm 1), and the others 0.
       conditions: what the network is told of a batch.
@@ -73,7 +76,7 @@ class DiffusionObjective:
         keys: StepKeys,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, " batch"], Metrics, Any]:
-        x0 = self._images(batch, keys)
+        x0 = self._encode(params["codec"], batch, keys)
         family = Gaussian(self.parameterisation.process)
         t, importance, xt, eps = noised(family, self.time_sampler, extra, x0, keys, step)
         dropout_keys = keys.per_example(Stream.DROPOUT) if self.augment else None
@@ -95,11 +98,13 @@ class DiffusionObjective:
         extra = self.time_sampler.update(extra, step, keys.gather(t), keys.gather(loss))
         return loss * importance, self._metrics(loss, t), extra
 
-    def _images(self, batch: dict[str, Array], keys: StepKeys) -> Array:
-        x0 = from_levels(batch["image"], self.num_levels)
-        if not (self.flip and self.augment):
-            return x0
-        return augmentation.flip(keys.per_example(Stream.FLIP), x0)
+    def _encode(self, codec: Codec, batch: dict[str, Array], keys: StepKeys) -> Array:
+        if not self.augment:
+            return codec.encode(batch)
+        if self.flip:
+            flipped = augmentation.flip(keys.per_example(Stream.FLIP), batch["image"])
+            batch = batch | {"image": flipped}
+        return codec.encode(batch, keys.per_example(Stream.CODEC))
 
     def _told(self, estimate: Array, keys: StepKeys) -> Array:
         """The estimate for half of the examples, 0 for the others; for all when measuring."""
@@ -155,7 +160,7 @@ def _recipe(config: ConfigDict, model: factory.Model, read: Read) -> Recipe:
         conditions=model.conditions,
         self_condition=model.self_condition,
     )
-    return one_network(config, model.network, objective)
+    return one_network(config, model.network, model.codec, objective)
 
 
 DIFFUSION = Task(factory.Model, _recipe, NETWORKS)

@@ -8,36 +8,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from jax_ddpm.codecs.codec import Codec
 from jax_ddpm.errors import UserError
-from jax_ddpm.models.network import Network
+from jax_ddpm.models.network import Frozen, Network
 from jax_ddpm.tasks.objective import Measurable, Objective
 from jax_ddpm.tasks.optimisers import make_optimiser
 
 Schedule = Callable[[Any], Any]
 NONE: Mapping[str, Any] = MappingProxyType({})
-
-
-class Frozen(NamedTuple):
-    """A trained network of another run, which is read and never changed.
-
-    Attributes:
-      params: its parameters, a tree.
-      model: the model that run trained, whose functions take them.
-      record: their identity, as JSON.
-    """
-
-    params: Any
-    model: Any
-    record: dict[str, Any]
-
-
-# The name of a config's field that holds the workdir of a run → its network.
-Read = Callable[[str], Frozen]
-
-
-def reads_nothing(field: str) -> Frozen:
-    """The ``Read`` of a recipe that stands alone."""
-    raise UserError(f"config.{field}: no other run is read here")
 
 
 class Phase(NamedTuple):
@@ -138,14 +116,22 @@ def _require_no_twin(kind: str, names: list[str]) -> None:
             raise UserError(f"recipe: two {kind} are called {name!r}; rename one of them")
 
 
-def one_network(config: ConfigDict, network: Network, objective: Measurable) -> Recipe:
-    """One phase that trains "network", and its average of the same name."""
+def one_network(
+    config: ConfigDict, network: Network, codec: Codec, objective: Measurable
+) -> Recipe:
+    """One phase that trains "network" and reads "codec"; the average is of the same name."""
     return Recipe(
         networks={"network": network},
-        phases=(make_phase(config, objective, trains=("network",)),),
+        phases=(make_phase(config, objective, trains=("network",), reads=("codec",)),),
         averages={"network": Average("network", ema_decay(config))},
+        frozen={"codec": frozen_codec(codec)},
         accumulate=config.training.accumulate,
     )
+
+
+def frozen_codec(codec: Codec) -> Frozen:
+    """A codec as objectives read it: the tree itself, which may hold parameters of another run."""
+    return Frozen(codec, None, dict(codec.record))
 
 
 def make_phase(

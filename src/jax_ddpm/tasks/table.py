@@ -5,10 +5,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
+from jax_ddpm.factory import ALONE, Companions
+from jax_ddpm.models.network import Read, reads_nothing
 from jax_ddpm.options import OneOf, Table, require, taken
 from jax_ddpm.tasks.classification import CLASSIFICATION, NOISY_CLASSIFICATION
 from jax_ddpm.tasks.diffusion import DIFFUSION
-from jax_ddpm.tasks.recipe import Read, Recipe, check_recipe, reads_nothing
+from jax_ddpm.tasks.recipe import Recipe, check_recipe
 from jax_ddpm.tasks.task import Task
 
 TASKS = Table(
@@ -27,9 +29,9 @@ def task_of(config: ConfigDict) -> Task:
     return TASKS[config.task]
 
 
-def make_model(config: ConfigDict, spec: Spec) -> Any:
-    """The model that ``config.task`` trains."""
-    return task_of(config).model(config, spec)
+def make_model(config: ConfigDict, spec: Spec, companions: Companions = ALONE) -> Any:
+    """The model that ``config.task`` trains, with what it needs of other runs."""
+    return task_of(config).model(config, spec, companions)
 
 
 def make_recipe(config: ConfigDict, model: Any, read: Read = reads_nothing) -> Recipe:

@@ -171,7 +171,8 @@ def _train(
                     if due(every.heldout_every):
                         writer.write(done, heldout(state, poll))
                     if drawer:
-                        images.save_grid(picture(done), samples, *drawer.layout(num_samples))
+                        drawn = model.codec.decode(samples)
+                        images.save_grid(picture(done), drawn, *drawer.layout(num_samples))
                         bar.say(f"wrote {picture(done)}")
 
             if origin:

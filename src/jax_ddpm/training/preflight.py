@@ -102,8 +102,8 @@ class Preflight:
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         text = f"{count:,}; with averages and optimiser {_bytes(self.state_bytes)}"
         for name, network in self.recipe.frozen.items():
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
-            text += f"; frozen {name} {_bytes(size)}"
+            if size := sum(leaf.nbytes for leaf in jax.tree.leaves(network.params)):
+                text += f"; frozen {name} {_bytes(size)}"
         return f"{text}; {prepared.origin}" if prepared.origin else text
 
     def checkpoints(self) -> str:

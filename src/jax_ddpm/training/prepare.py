@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.data.source import Spec
 from jax_ddpm.errors import UserError
+from jax_ddpm.factory import Companions
 from jax_ddpm.keys import Stream, numbered_key, stream_key
 from jax_ddpm.models.network import Network
 from jax_ddpm.runs import checkpoint
@@ -48,8 +49,8 @@ def prepare(
       UserError: where config and data do not fit, or another run is missing, does not fit, or has
         changed since this one began.
     """
-    model = make_model(config, spec)
     read = partial(read_frozen, config, workdir=workdir, accept_changes=accept_changes)
+    model = make_model(config, spec, Companions(read))
     recipe = make_recipe(config, model, read)
     seed = jax.random.key(config.seed)
     params, origin = initial_parameters(config, recipe.networks, seed, workdir)

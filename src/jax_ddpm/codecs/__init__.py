@@ -1,0 +1,1 @@
+"""What images are diffused as, a file each."""

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 import jax_ddpm
+from jax_ddpm.conditions.table import CONDITIONS
 from jax_ddpm.config import default
 from jax_ddpm.config.fields import fields, tables
 from jax_ddpm.config.validation import validate
@@ -33,14 +34,14 @@ ADDED = {
 }
 
 
-OWN = ("my_sampler", "my_network", "my_source", "my_task")
+OWN = ("my_sampler", "my_network", "my_condition", "my_source", "my_task")
 
 
 def forget():
     """Forgets the imported modules, as a new process would."""
     for name in CODE:
         sys.modules.pop(name, None)
-    for table, name in ADDED.values():
+    for table, name in (*ADDED.values(), (CONDITIONS, "brightness")):
         table.pop(name, None)
 
 
@@ -65,7 +66,7 @@ def workdir(folder):
 
 
 def test_there_is_a_page_for_each_kind_of_part():
-    assert CODE.keys() == {"my_sampler", "my_network", "my_source", "my_task", "my_config"}
+    assert CODE.keys() == {*OWN, "my_config"}
 
 
 def test_rows_bring_their_options_into_the_config(workdir):
@@ -95,6 +96,18 @@ def test_a_run_alone_imports_them_again(workdir):
     other = jax_ddpm.load(workdir, memory=1.0)
     assert np.any(other.sample(3) != before)
     assert other.record["memory"] == 1.0
+
+
+def test_a_condition_is_told_and_asked_for_by_its_name(workdir):
+    run = jax_ddpm.load(workdir)
+    assert run.model.conditions.names == ("brightness",)
+    dark, usual = run.sample(3, brightness=-1.0), run.sample(3)
+    np.testing.assert_array_equal(run.sample(3, brightness=0.0), usual)
+    assert np.any(dark != usual)
+    with pytest.raises(UserError, match=r"^brightness=2: it must be a number from -1 to 1$"):
+        run.sample(3, brightness=2)
+    with pytest.raises(UserError, match=r"^colour=red: this model is told no colour"):
+        run.sample(3, colour="red")
 
 
 @pytest.mark.parametrize(

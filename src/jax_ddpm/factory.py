@@ -160,6 +160,13 @@ class Model:
             f"0: model.codec={config.model.codec} has no bounds to keep x_0 within",
         )
         self.conditions = self.sampling_conditions = make_conditions(config, spec)
+        guidable = config.sampling.guidance != "classifier_free" or bool(self.conditions.guided)
+        require(
+            config,
+            "sampling.guidance_scale",
+            lambda value: value == 1 or guidable,
+            "1: guidance needs a class-conditional model trained with training.label_drop > 0",
+        )
         if companions.class_names and "label" not in self.conditions.names:
             guided = (*self.conditions.parts, Label(companions.class_names))
             self.sampling_conditions = Conditions(guided)

@@ -57,19 +57,22 @@ UNGUIDED = {
 @pytest.mark.parametrize("value", [0.0, 0.5, 2.0, -1.0])
 def test_guidance_needs_a_model_that_knows_both(fields, value):
     """Scale 0 as well: a model that was always told the class has never seen the null label."""
-    for check in ((validate, 1), (validate_sampling,)):
-        message = the_error(*check, sampling__guidance_scale=value, **fields)
-        assert f"config.sampling.guidance_scale is {value}; it must be 1" in message
+    message = the_error(make_model, tiny.spec((8, 8, 1)), sampling__guidance_scale=value, **fields)
+    assert f"config.sampling.guidance_scale is {value}; it must be 1" in message
 
 
 @pytest.mark.parametrize("fields", UNGUIDED.values(), ids=UNGUIDED)
 def test_every_model_can_be_sampled_without_guidance(fields):
-    validate(tiny.config(**fields), 1)
+    config = tiny.config(**fields)
+    validate(config, 1)
+    make_model(config, tiny.spec((8, 8, 1)))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 2.0, 100.0])
 def test_a_conditional_model_with_dropped_labels_can_be_guided(value):
-    validate(tiny.config(model__class_conditional=True, sampling__guidance_scale=value), 1)
+    config = tiny.config(model__class_conditional=True, sampling__guidance_scale=value)
+    validate(config, 1)
+    make_model(config, tiny.spec((8, 8, 1)))
 
 
 @pytest.mark.parametrize("value", [-0.1, -2.0, math.nan, math.inf])
@@ -279,11 +282,12 @@ class TestGuidance:
         fields = {"sampling__guidance": guidance, "model__class_conditional": conditional}
         guide = "" if guidance == "classifier_free" else "runs/other"
         config = tiny.config(sampling__guide=guide, sampling__guidance_scale=scale, **fields)
+        validate_sampling(config)
         if guide or conditional or scale == 1:
-            validate_sampling(config)
+            make_model(config, tiny.spec((8, 8, 1)))
         else:
             with pytest.raises(UserError, match=r"config\.sampling\.guidance_scale is "):
-                validate_sampling(config)
+                make_model(config, tiny.spec((8, 8, 1)))
 
     @pytest.mark.parametrize("guidance", ["classifier", "autoguidance"])
     @pytest.mark.parametrize("scale", [-1.0, math.inf, math.nan])

@@ -34,7 +34,10 @@ class Label:
     negative_class: int | None = None
 
     name: ClassVar[str] = "label"
-    guided: ClassVar[bool] = True
+
+    @property
+    def guided(self) -> bool:
+        return self.drop > 0
 
     @property
     def must_be(self) -> str:

@@ -1,6 +1,5 @@
 """Rules between fields of different sections."""
 
-import math
 import operator
 
 import numpy as np
@@ -225,8 +224,8 @@ def check_options(config: ConfigDict) -> None:
 
 
 def check_guidance(config: ConfigDict) -> None:
-    """Checks what guides this model, and how strongly."""
-    sampling, conditional = config.sampling, config.model.class_conditional
+    """Checks what guides a model, and how strongly, apart from what it is told."""
+    sampling = config.sampling
     free = sampling.guidance == "classifier_free"
     require(
         config,
@@ -235,15 +234,6 @@ def check_guidance(config: ConfigDict) -> None:
         "empty: classifier-free guidance needs no other model"
         if free
         else f"the folder of a run: what guidance={sampling.guidance} is guided by",
-    )
-    guided = not free or (conditional and config.training.label_drop > 0)
-    require(
-        config,
-        "sampling.guidance_scale",
-        lambda value: value == 1 or (guided and 0 <= value < math.inf),
-        "0 or more, and finite"
-        if guided
-        else "1: guidance needs a class-conditional model trained with training.label_drop > 0",
     )
     require(
         config,

@@ -22,6 +22,7 @@ from jax_ddpm.generate import Generator
 from jax_ddpm.keys import StepKeys, Stream
 from jax_ddpm.models.network import Network
 from jax_ddpm.runtime.devices import make_mesh
+from jax_ddpm.tasks import augmentation
 
 SHAPE, LENGTH, COUNT = (4, 4, 1), 5, 8
 
@@ -238,23 +239,43 @@ def test_a_negative_class_is_what_the_guide_is_told(make_model):
     np.testing.assert_allclose(found[:, 0, 0, 0], 2 * WHOLE - without, atol=1e-5)
 
 
-def test_training_is_told_all(make_model, batch, keys):
-    """So is measuring, which is told the truth."""
+@pytest.fixture
+def told(make_model, batch, keys):
+    """``told(section__field=value, …)``: the model, and what its network is told in training and
+    in measuring."""
     from jax_ddpm.tasks.table import make_recipe
 
-    model, seen = make_model(), []
+    def tell(**fields):
+        model, seen = make_model(**fields), []
 
-    def spy(params, x, time, conditioning, dropout_keys=None):
-        seen.append(conditioning)
-        return x
+        def spy(params, x, time, conditioning, dropout_keys=None):
+            seen.append(conditioning)
+            return x
 
-    model.network = Network(model.network.init, spy)
-    config = tiny.config(model__class_conditional=True, parameterisation__target="x0")
-    objective = make_recipe(config, model, None).phases[0].objective
-    for measure in (objective, objective.measuring()):
-        measure({"network": {}}, measure.init(), batch, keys, keys.step)
-    assert_same(seen[0], model.conditions.training(batch, keys))
-    assert_same(seen[1], model.conditions.given(batch))
+        model.network = Network(model.network.init, spy)
+        fields = {"model__class_conditional": True, "parameterisation__target": "x0"} | fields
+        objective = make_recipe(tiny.config(**fields), model, None).phases[0].objective
+        params = {"network": {}, "codec": model.codec}
+        for measure in (objective, objective.measuring()):
+            measure(params, measure.init(), batch, keys, keys.step)
+        return model, *seen
+
+    return tell
+
+
+def test_training_is_told_all(told, batch, keys):
+    """So is measuring, which is told the truth."""
+    model, in_training, in_measuring = told()
+    assert_same(in_training, model.conditions.training(batch, keys))
+    assert_same(in_measuring, model.conditions.given(batch))
+
+
+def test_what_is_told_of_an_image_is_mirrored_with_it(told, batch, keys):
+    model, in_training, in_measuring = told(data__flip=True)
+    flipped = augmentation.flip(keys.per_example(Stream.FLIP), batch["image"])
+    assert np.any(flipped != batch["image"])
+    assert_same(in_training, model.conditions.training(batch | {"image": flipped}, keys))
+    assert_same(in_measuring, model.conditions.given(batch))
 
 
 def test_a_network_that_cannot_be_told_is_one_line(monkeypatch):

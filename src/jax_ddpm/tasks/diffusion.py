@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from jax_ddpm import factory
-from jax_ddpm.codecs.codec import Codec
 from jax_ddpm.conditions.condition import Conditions
 from jax_ddpm.diffusion.denoiser import X0_ESTIMATE, Conditioning
 from jax_ddpm.diffusion.family import Gaussian
@@ -76,7 +75,11 @@ class DiffusionObjective:
         keys: StepKeys,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, " batch"], Metrics, Any]:
-        x0 = self._encode(params["codec"], batch, keys)
+        if self.flip and self.augment:
+            flipped = augmentation.flip(keys.per_example(Stream.FLIP), batch["image"])
+            batch = batch | {"image": flipped}  # also as conditions see it
+        codec_keys = keys.per_example(Stream.CODEC) if self.augment else None
+        x0 = params["codec"].encode(batch, codec_keys)
         family = Gaussian(self.parameterisation.process)
         t, importance, xt, eps = noised(family, self.time_sampler, extra, x0, keys, step)
         dropout_keys = keys.per_example(Stream.DROPOUT) if self.augment else None
@@ -97,14 +100,6 @@ class DiffusionObjective:
         loss = self._loss(output, x0, xt, eps, t)
         extra = self.time_sampler.update(extra, step, keys.gather(t), keys.gather(loss))
         return loss * importance, self._metrics(loss, t), extra
-
-    def _encode(self, codec: Codec, batch: dict[str, Array], keys: StepKeys) -> Array:
-        if not self.augment:
-            return codec.encode(batch)
-        if self.flip:
-            flipped = augmentation.flip(keys.per_example(Stream.FLIP), batch["image"])
-            batch = batch | {"image": flipped}
-        return codec.encode(batch, keys.per_example(Stream.CODEC))
 
     def _told(self, estimate: Array, keys: StepKeys) -> Array:
         """The estimate for half of the examples, 0 for the others; for all when measuring."""

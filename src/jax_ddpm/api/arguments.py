@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jax_ddpm.conditions.condition import FLAGS
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import (
     NAME_OR_NUMBER,
@@ -103,7 +102,7 @@ ARGUMENTS = {
     ),
 }
 _IN_PYTHON = {
-    **{flag: name for name, flag in FLAGS.items()},
+    "class": "label",
     "sample_batch": "batch_size",
     "progressive": "moments",
     "checkpoint_step": "step",

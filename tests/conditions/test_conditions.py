@@ -104,12 +104,13 @@ REQUEST = {"caption": "bee", "small": np.full((2, 2, 1), 0.25), "size": 8.0}
 def batch():
     rng = np.random.default_rng(0)
     texts = [caption(text) for text in ("a", "bee", "", "cat", "dog", "eel", "fox", "gnu")]
-    return {
+    arrays = {
         "image": rng.integers(0, 256, (COUNT, *SHAPE), dtype=np.uint8),
         "label": np.arange(COUNT, dtype=np.int32) % 3,
         "size": rng.random(COUNT, np.float32),
         **jax.tree.map(lambda *parts: np.stack(parts), *texts),
     }
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 @pytest.fixture
@@ -254,7 +255,7 @@ def told(make_model, batch, keys):
 
         model.network = Network(model.network.init, spy)
         fields = {"model__class_conditional": True, "parameterisation__target": "x0"} | fields
-        objective = make_recipe(tiny.config(**fields), model, None).phases[0].objective
+        objective = make_recipe(tiny.config(**fields), model).phases[0].objective
         params = {"network": {}, "codec": model.codec}
         for measure in (objective, objective.measuring()):
             measure(params, measure.init(), batch, keys, keys.step)

@@ -27,10 +27,9 @@ from jax_ddpm.data.source import ArraySource
 from jax_ddpm.factory import Model
 from jax_ddpm.runtime.backend import keep_memory, set_flags
 from jax_ddpm.runtime.devices import make_mesh, place, split
-from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.feed import Feed
-from jax_ddpm.training.state import TrainState, init_state
-from jax_ddpm.training.step import CompiledStep, compile_step, spread
+from jax_ddpm.training.prepare import prepare
+from jax_ddpm.training.step import CompiledStep, compile_step
 
 # The config, the shape of an image, its levels and the number of training images.
 SHAPES = {
@@ -138,16 +137,19 @@ class Training:
 
     Attributes:
       state, step, feed: as in the training loop; the batches lie on the devices if they fit.
+        ``stirred`` parameters are ``setting.params``, others those that a run begins with.
       steps: in one dispatch.
     """
 
-    def __init__(self, setting: Setting, params: Any = None):
-        config, model = setting.config, setting.model
-        recipe = make_recipe(config, model)
-        if params is None:
+    def __init__(self, setting: Setting, stirred: bool = True):
+        config, mesh = setting.config, setting.mesh
+        prepared = prepare(config, setting.source.spec, mesh, pathlib.Path("no run"))
+        recipe, self.state = prepared.recipe, prepared.state
+        if stirred:
+            laid_out = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
             params = jax.tree.map(jnp.copy, setting.params)  # the step donates them
-        state = init_state(recipe, dict.fromkeys(recipe.networks, params))
-        self.state: TrainState = spread(state, setting.mesh)
+            everything = place(dict.fromkeys(recipe.networks, params), laid_out)
+            self.state = self.state._replace(params=everything)
         self.feed = Feed(config, setting.source, setting.mesh, start=0)
         self.step: CompiledStep = compile_step(
             recipe, self.state, setting.mesh, config.parallel, self.feed.data

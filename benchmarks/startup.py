@@ -47,8 +47,7 @@ def start_up(
     def lap() -> None:
         clock.append(time.perf_counter())
 
-    params = setting.model.network.init(jax.random.key(0))
-    training = Training(setting, params)
+    training = Training(setting, stirred=False)
     jax.block_until_ready(training.state)
     lap()
     lowered = training.step.program.lower(*training.arguments())

@@ -173,8 +173,8 @@ class Model:
         self.parameterisation = make_parameterisation(config)
         self.process = self.parameterisation.process
         in_output = self.parameterisation.variance != "none"
-        self.variance: ModelVariance = "learned" if in_output else config.parameterisation.variance
-        self.family = Gaussian(self.process, self.variance, spec.num_levels)
+        variance: ModelVariance = "learned" if in_output else config.parameterisation.variance
+        self.family = Gaussian(self.process, variance, spec.num_levels)
         self.self_condition = config.model.self_condition
         shape = self.codec.shape
         channels = shape[-1]
@@ -188,6 +188,11 @@ class Model:
         self.network: Network = make_network(module, jnp.zeros((1, *shape)), jnp.zeros(1), {})
         self.sampling_process = make_sampling_process(config, self.process)
         self._companions = companions
+
+    @property
+    def variance(self) -> ModelVariance:
+        """That of the reverse steps."""
+        return self.family.variance
 
     @property
     def chain(self) -> Process:

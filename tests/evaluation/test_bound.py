@@ -423,7 +423,7 @@ class TestGaussianData:
     def measure(self, data, tmp_path, denoiser, variance):
         fields = {"process__name": "linear", "process__num_timesteps": 100}
         trained = make_trained(data, denoiser=denoiser, **fields)
-        trained.model.variance = variance
+        trained.model.family = dataclasses.replace(trained.model.family, variance=variance)
         bound = measure_bound(trained, data, "heldout", COUNT, 100, tmp_path)
         x0 = data.batch("heldout", np.arange(COUNT))["image"] / 127.5 - 1
         return bound, trained.model.chain, x0

@@ -27,7 +27,7 @@ def large_state(step, num_devices, fsdp):
     trees = [{"large": rng.random((64, 64)), "small": rng.random(3)} for _ in range(3)]
     count = np.array(step, np.int32)
     assert jax.device_count() == num_devices
-    return spread(TrainState(count, *trees, {}), make_mesh(fsdp))
+    return spread(TrainState(count, *trees, ()), make_mesh(fsdp))
 
 
 def save_large(workdir, fsdp):

@@ -84,7 +84,7 @@ def test_killed_again_and_again(undisturbed, tmp_path):
         run = train(tmp_path / f"output{attempt}", workdir=workdir)
         run.wait_for("compiling")
         # From one to the next it gets a little further, fast machine or slow.
-        time.sleep(rng.uniform(0, 0.05 * (attempt + 1)))
+        time.sleep(rng.uniform(0, 0.05 * (attempt + 1) ** 1.25))
         if run.process.is_alive():
             os.kill(run.process.pid, kind)
         result = run.result()

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, TypeVar, get_origin, get_type_hints
@@ -101,6 +102,10 @@ def _numbers(values: Any) -> bool:
 numbers = Where(_numbers, "numbers, or ()")
 
 
+# A type, or several of which any will do.
+Kind = type | types.UnionType
+
+
 class Option(NamedTuple):
     """One option.
 
@@ -117,7 +122,7 @@ class Option(NamedTuple):
     range: Range = anything
     default: Any = None
     free: bool = False
-    kind: type = object
+    kind: Kind = object
     required: bool = False
 
     def check(self, name: str, value: Any) -> None:
@@ -126,8 +131,8 @@ class Option(NamedTuple):
             raise Unfit(name, value, self.range.must_be)
 
 
-NAME_OR_NUMBER: Any = int | float | str
-_KINDS = {
+NAME_OR_NUMBER = int | float | str
+_KINDS: dict[Kind, tuple[Any, str]] = {
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
     bool: (bool, "True or False"),
@@ -139,17 +144,17 @@ _KINDS = {
 }
 
 
-def kind_of(option: Option) -> type:
+def kind_of(option: Option) -> Kind:
     """The type of its values."""
     return type(option.default) if option.kind is object else option.kind
 
 
-def words_for(kind: type) -> str:
+def words_for(kind: Kind) -> str:
     """A kind of value in words."""
     return _KINDS[kind][1]
 
 
-def is_a(value: Any, kind: type) -> bool:
+def is_a(value: Any, kind: Kind) -> bool:
     """Whether the value is of the kind; True and False are no numbers, an int is a float."""
     return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
 

@@ -16,6 +16,19 @@ PARAMS = {"a": jnp.array([3.0, -1.0, 0.5]), "b": {"c": jnp.ones((2, 2))}}
 MAX_NORM = 2.5
 
 
+class Nothing:
+    """No objective is asked here."""
+
+    def init(self):
+        return ()
+
+    def __call__(self, params, extra, batch, keys, step):
+        raise NotImplementedError
+
+
+OBJECTIVE = Nothing()
+
+
 def gradients(step):
     rng = np.random.default_rng(step)
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(0.2, 1, p.shape), p.dtype), PARAMS)
@@ -56,7 +69,7 @@ def test_is_chosen_by_the_config(name):
     """Weight decay shrinks what has no gradient; the two others leave it."""
     config = tiny.config(training__optimiser=name, training__learning_rate=0.5)
     validate(config, 1)
-    phase = make_phase(config, None, ("network",))
+    phase = make_phase(config, OBJECTIVE, ("network",))
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     state = phase.optimiser.init(PARAMS)
     update, _ = phase.optimiser.update(zeros, state, PARAMS, norm=1.0, finite=True)
@@ -73,7 +86,7 @@ def test_an_option_of_another_one_is_refused():
 def test_schedules_count_training_steps(every):
     """Adam without memory moves by the learning rate: that of the step at which the phase runs."""
     config = tiny.config(training__warmup_steps=20, training__adam_b1=0.0, training__adam_b2=0.0)
-    phase = make_phase(config, None, ("network",), learning_rate=0.2, every=every)
+    phase = make_phase(config, OBJECTIVE, ("network",), learning_rate=0.2, every=every)
     state = phase.optimiser.init(PARAMS)
     for step in range(0, 12, every):
         rate = 0.2 * step / 20

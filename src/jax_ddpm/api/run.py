@@ -135,7 +135,7 @@ class Run(Trained):
         self,
         num_samples: int = 100,
         seed: int = 0,
-        label: int | str | None = None,
+        label: int | float | str | None = None,
         batch_size: int | None = None,
         **request: Any,
     ) -> UInt8[np.ndarray, "n h w c"]:
@@ -148,7 +148,7 @@ class Run(Trained):
         out: Path | None = None,
         num_samples: int = 100,
         seed: int = 0,
-        label: int | str | None = None,
+        label: int | float | str | None = None,
         batch_size: int | None = None,
         moments: int = 1,
         *,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from jax_ddpm.api.arguments import ARGUMENTS
-from jax_ddpm.options import OneOf, Option, at_least, kind_of
+from jax_ddpm.options import Kind, OneOf, Option, at_least, kind_of
 
 
 class Mode(NamedTuple):
@@ -99,7 +99,7 @@ FLAGS = {
     "num_processes": Option("Processes of this job.", at_least(1), kind=int),
     "process_id": Option("Which of them this one is, from 0 on.", at_least(0), kind=int),
 } | ARGUMENTS
-_DEFINE: dict[type, Callable[..., Any]] = {
+_DEFINE: dict[Kind, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     bool: flags.DEFINE_bool,

@@ -117,7 +117,7 @@ def label(config: ConfigDict, spec: Spec) -> Label | None:
     return Label(spec.class_names, config.training.label_drop, negative)
 
 
-def with_label(label: int | str | None) -> dict[str, Any]:
+def with_label(label: int | float | str | None) -> dict[str, Any]:
     """The request for a class, or for none in particular."""
     return {} if label is None else {"label": label}
 

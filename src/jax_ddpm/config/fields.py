@@ -97,7 +97,8 @@ def _of(table: Mapping[str, Any]) -> dict[str, Option]:
     for row, choice in table.items():
         for name, option in options.of(choice).items():
             if name in found and found[name].kind is not option.kind:
-                kinds = f"{found[name].kind.__name__}, not {option.kind.__name__}"
+                known, other = (getattr(k, "__name__", k) for k in (found[name].kind, option.kind))
+                kinds = f"{known}, not {other}"
                 raise UserError(f"the option {name} of {row} is {kinds}, elsewhere; rename it")
             found.setdefault(name, option)
     return found

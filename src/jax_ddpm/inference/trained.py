@@ -80,7 +80,7 @@ class Trained:
         self,
         num_samples: int,
         seed: int = 0,
-        label: int | str | None = None,
+        label: int | float | str | None = None,
         batch_size: int | None = None,
         **request: Any,
     ) -> UInt8[np.ndarray, "n h w c"]:

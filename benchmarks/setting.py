@@ -27,9 +27,9 @@ from jax_ddpm.data.source import ArraySource
 from jax_ddpm.factory import Model
 from jax_ddpm.runtime.backend import keep_memory, set_flags
 from jax_ddpm.runtime.devices import make_mesh, place, split
+from jax_ddpm.training.compiled_step import CompiledStep, compile_step
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.prepare import prepare
-from jax_ddpm.training.step import CompiledStep, compile_step
 
 # The config, the shape of an image, its levels and the number of training images.
 SHAPES = {

@@ -28,6 +28,7 @@ from jax_ddpm.models.remat import REMAT_POLICIES
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.tasks.recipe import Recipe
 from jax_ddpm.tasks.table import make_recipe
+from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,
     Machine,
@@ -39,8 +40,8 @@ from jax_ddpm.training.cost import (
     predict,
     step_cost,
 )
+from jax_ddpm.training.layout import fsdp_spec
 from jax_ddpm.training.state import TrainState, init_state
-from jax_ddpm.training.step import compile_step, fsdp_spec
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results/scaling.json"

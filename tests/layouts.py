@@ -16,8 +16,9 @@ import tiny
 from jax_ddpm import factory
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.tasks.table import make_recipe
+from jax_ddpm.training.compiled_step import compile_step
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, spread
 
 NUM_STEPS = 20
 # name → devices, how many of them share the state, micro-batches, steps per dispatch

@@ -29,9 +29,6 @@ def unmasking(family):
     """The reverse chain, whose denoiser gives log p(x_0 | x_t) of both states of each bit."""
     t = np.arange(family.num_timesteps, 0, -1)
 
-    def start(keys, shape):
-        return jnp.full((len(keys), *shape), MASK)
-
     def step(denoiser, x, node, carry, keys):
         def draw(key, log_p):
             show_key, state_key = jax.random.split(key)
@@ -43,13 +40,16 @@ def unmasking(family):
         return jnp.where((x == MASK) & show, state, x), carry, log_p
 
     nodes = UnmaskingNode(t, 1 / t, t == 1)
-    return Sampler(nodes, no_history, step, start, show=lambda log_p: log_p.argmax(axis=-1))
+    return Sampler(nodes, no_history, step, family.prior, show=lambda log_p: log_p.argmax(axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
     num_timesteps: int
     samplers = {"unmasking": Method(unmasking)}  # noqa: RUF012
+
+    def prior(self, keys, shape):
+        return jnp.full((len(keys), *shape), MASK)
 
     def corrupt(self, keys, x0, t):
         places = jax.vmap(lambda key: jax.random.uniform(key, x0.shape[1:]))(keys)

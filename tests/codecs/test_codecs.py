@@ -32,9 +32,10 @@ from jax_ddpm.generate import Generator
 from jax_ddpm.models.network import Frozen, Network
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.tasks.table import make_recipe
+from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.heldout import HeldOut
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, spread
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
 

@@ -43,6 +43,17 @@ def test_the_contract(family):
     assert isinstance(family, Family)
 
 
+@pytest.mark.parametrize(
+    ("family", "end", "x0"), [(Gaussian(edm()), 80.0, 0.5), (Masked(8), 8.0, 1)]
+)
+def test_nothing_is_left_of_the_data_at_the_end(family, end, x0, keys):
+    xt, _ = family.corrupt(keys, jnp.full((N, 2), x0), jnp.full(N, end))
+    left = family.prior(keys, (2,))
+    assert (left.shape, left.dtype) == (xt.shape, xt.dtype)
+    np.testing.assert_allclose(left.mean(), xt.mean(), atol=0.5 + 5 * left.std() / np.sqrt(2 * N))
+    np.testing.assert_allclose(left.std(), xt.std(), rtol=0.03)
+
+
 class TestMasked:
     @staticmethod
     def sampler(num_timesteps):

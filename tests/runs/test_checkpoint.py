@@ -19,8 +19,8 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.manifest import Damaged, verify
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.state import TrainState, from_items, init_state, to_items
-from jax_ddpm.training.step import spread
 
 TREES = ("params", "ema", "opt_state", "extra")
 ITEMS = (*TREES, "progress", "config")

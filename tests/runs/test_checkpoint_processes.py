@@ -13,8 +13,8 @@ from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.manifest import verify
 from jax_ddpm.runtime.devices import fetch, make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.state import TrainState, from_items, to_items
-from jax_ddpm.training.step import spread
 
 PROGRESS = {"unlogged": {"loss": [1.5, 2.0]}, "position": 7}
 

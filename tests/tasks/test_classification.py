@@ -24,11 +24,12 @@ from jax_ddpm.tasks.classification import (
 )
 from jax_ddpm.tasks.recipe import one_network
 from jax_ddpm.tasks.table import make_model
+from jax_ddpm.training.compiled_step import compile_step
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.loop import train
 from jax_ddpm.training.preflight import Preflight
 from jax_ddpm.training.prepare import initial_parameters
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, spread
 
 SIZE = 6
 CHAIN = Chain(make_betas("cosine", 8))

@@ -19,9 +19,10 @@ from jax_ddpm.diffusion.time_densities import (
 from jax_ddpm.diffusion.time_sampling import LossSecondMoment, Stratified, Uniform
 from jax_ddpm.factory import make_process, make_source, make_time_sampler
 from jax_ddpm.tasks.table import make_recipe
+from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.heldout import HeldOut
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, spread
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 

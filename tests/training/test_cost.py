@@ -21,6 +21,7 @@ from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.tasks.recipe import one_network
 from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.arithmetic import activation_bytes, array_bytes, flops
+from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.cost import (
     COMPILER_OPTIONS,
     Collective,
@@ -31,8 +32,8 @@ from jax_ddpm.training.cost import (
     predict,
     step_cost,
 )
+from jax_ddpm.training.layout import fsdp_spec
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, fsdp_spec
 
 ROWS = 1  # of one device, in one micro-batch: activations are small beside the network
 # devices that share the state, micro-batches

@@ -16,8 +16,7 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.runs.identity import save_identity
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.stopping import Stopped
-from jax_ddpm.training import preflight
-from jax_ddpm.training import step as training_step
+from jax_ddpm.training import compiled_step, preflight
 from jax_ddpm.training.preflight import Preflight
 from jax_ddpm.training.state import to_items
 
@@ -106,14 +105,14 @@ class TestGoodConfig:
     @staticmethod
     def taken():
         """The steps that were not only traced but taken."""
-        taken, step = [], training_step.train_step
+        taken, step = [], compiled_step.train_step
 
         def telling(recipe, state, *arguments, **options):
             jax.debug.callback(taken.append, state.step)
             return step(recipe, state, *arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_step, "train_step", telling)
+            patch.setattr(compiled_step, "train_step", telling)
             yield taken
 
     @pytest.fixture(scope="class")
@@ -148,7 +147,7 @@ class TestGoodConfig:
         assert not taken
         check = good.preflight
         assert check.state.step == 0
-        step = training_step.compile_step(
+        step = compiled_step.compile_step(
             check.recipe, check.state, check.mesh, data=check.resident
         )
         jax.block_until_ready(step(check.state, check.batches, jax.random.key(check.config.seed)))

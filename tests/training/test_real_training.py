@@ -11,9 +11,10 @@ import tiny
 
 from jax_ddpm import factory
 from jax_ddpm.tasks.table import make_recipe
+from jax_ddpm.training.compiled_step import compile_step
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.loop import train
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, spread
 
 pytestmark = pytest.mark.slow
 DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"

@@ -14,8 +14,9 @@ from jax_ddpm.runtime.devices import make_mesh, split, whole
 from jax_ddpm.tasks.adam import clipped_adam
 from jax_ddpm.tasks.optimisers import gated
 from jax_ddpm.tasks.recipe import Average, Frozen, Phase, Recipe, make_learning_rate
+from jax_ddpm.training.compiled_step import compile_step
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.state import init_state
-from jax_ddpm.training.step import compile_step, spread
 
 SEED = jax.random.key(7)
 both_ways = pytest.mark.parametrize("parallel", ["jit", "pmap"])

@@ -2,7 +2,7 @@
 
 Training loops, the sampling scan and measurements see no more of a family than this contract. A
 Gaussian is one, of any ``Process``; chains over a few states and binomial counts are others, with
-losses of their own. Where sampling starts is said by a family's samplers, which know their paths.
+losses of their own.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 from jax_ddpm.diffusion.chain import chain_of
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
 from jax_ddpm.diffusion.likelihood import BoundTerms, ModelVariance, variational_bound
-from jax_ddpm.diffusion.process import Process, corrupt
+from jax_ddpm.diffusion.process import Process, corrupt, prior
 from jax_ddpm.diffusion.samplers.table import SAMPLERS, Method
 
 
@@ -25,6 +25,10 @@ class Family(Protocol):
     @property
     def samplers(self) -> Mapping[str, Method]:
         """Its methods by their names, each made on a path of this family."""
+        ...
+
+    def prior(self, keys: Any, shape: tuple[int, ...]) -> Shaped[Array, "batch *shape"]:
+        """What is left at the end: an example of ``shape`` for each key."""
         ...
 
     def corrupt(
@@ -62,6 +66,10 @@ class Gaussian:
     variance: ModelVariance = "fixedsmall"
     num_levels: int = 256
     samplers = SAMPLERS
+
+    def prior(self, keys: Any, shape: tuple[int, ...]) -> Float[Array, "batch *shape"]:
+        """N(0, prior_std²·I), where paths begin that begin at the noisiest time."""
+        return prior(self.process, keys, shape)
 
     def corrupt(
         self, keys: Any, x0: Float[Array, "batch *shape"], t: Float[Array, " batch"]

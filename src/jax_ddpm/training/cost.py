@@ -23,8 +23,8 @@ from jax_ddpm.training.arithmetic import (
     product_flops,
     total_of,
 )
+from jax_ddpm.training.layout import fsdp_spec
 from jax_ddpm.training.state import TrainState, readable
-from jax_ddpm.training.step import fsdp_spec
 
 # XLA joins collectives into one up to this many bytes (collective_utils.h).
 _JOINED_BYTES = 30 * 2**20

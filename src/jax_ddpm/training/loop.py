@@ -24,6 +24,7 @@ from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first, own_folder
 from jax_ddpm.runtime.stopping import Poll, Stopped, never
 from jax_ddpm.tasks.table import task_of
+from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.heldout import HeldOut
 from jax_ddpm.training.kept_averages import KeptAverages
@@ -31,7 +32,6 @@ from jax_ddpm.training.meter import Meter, MetricWriter, NonFinite, Progress
 from jax_ddpm.training.prepare import Prepared, prepare
 from jax_ddpm.training.profile import Profiler
 from jax_ddpm.training.state import from_items, to_items
-from jax_ddpm.training.step import compile_step
 
 
 def train(

@@ -20,10 +20,10 @@ from jax_ddpm.runs.identity import require_same_run
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first
 from jax_ddpm.runtime.stopping import Poll, never
+from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.prepare import prepare
 from jax_ddpm.training.state import from_items, to_items
-from jax_ddpm.training.step import compile_step
 
 
 class Preflight:

@@ -20,8 +20,8 @@ from jax_ddpm.runs.frozen import read_frozen
 from jax_ddpm.runtime.distributed import from_first
 from jax_ddpm.tasks.recipe import Recipe
 from jax_ddpm.tasks.table import make_model, make_recipe, task_of
+from jax_ddpm.training.layout import spread
 from jax_ddpm.training.state import TrainState, init_state
-from jax_ddpm.training.step import spread
 
 
 class Prepared(NamedTuple):

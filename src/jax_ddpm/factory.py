@@ -254,9 +254,9 @@ class Model:
 
     def sampler(self, grid: Grid | None = None) -> Sampler:
         """The sampler of ``sampling``, down its own grid or another."""
-        return make_sampler(
-            self._sampling, self.family, grid or self.grid(), self._companions.x0_error
-        )
+        grid, statistic = grid or self.grid(), self._companions.x0_error
+        optimal = statistic and optimal_variance(grid, statistic, visible=self.codec.bounded)
+        return make_sampler(self._sampling, self.family, grid, optimal)
 
 
 def make_sampling_process(config: ConfigDict, trained: Process) -> Process:
@@ -275,17 +275,17 @@ def make_grid(sampling: ConfigDict, process: Process) -> Grid:
 
 
 def make_sampler(
-    sampling: ConfigDict, family: Gaussian, grid: Grid, x0_error: X0Error | None
+    sampling: ConfigDict, family: Gaussian, grid: Grid, optimal: np.ndarray | None
 ) -> Sampler:
-    """The family's sampler down a grid, with its own variance or the optimal one."""
+    """The family's sampler down a grid, with its own variance or the ``optimal`` one."""
     row = family.samplers[sampling.sampler]
     given = taken(row, sampling)
     options: dict[str, Any] = {k: v for k, v in given.items() if v not in (None, ())}
     if "variance" in given:
         options = {"variance": family.variance} | options
         if options["variance"] == "optimal":
-            assert x0_error is not None
-            options["variance"] = optimal_variance(grid, x0_error)
+            assert optimal is not None
+            options["variance"] = optimal
     with naming("sampling"):
         return row.make(grid, **options)
 

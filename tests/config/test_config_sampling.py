@@ -414,7 +414,7 @@ def assert_finite_images(batches):
             sample(
                 model.sampler()._replace(nodes=rows),
                 model.guided_denoiser(params),
-                model.sampling_process.prior_std * noise,
+                model.sampling_process.prior_std(model.grid().now.time[0]) * noise,
                 keys,
                 {},
             )[0]

@@ -313,7 +313,8 @@ class TestEnds:
         ],
     )
     def test_prior_is_the_noise_at_the_noisiest_time(self, name, expected):
-        np.testing.assert_allclose(PROCESSES[name].prior_std, expected, rtol=1e-13)
+        process = PROCESSES[name]
+        np.testing.assert_allclose(process.prior_std(process.time_range[1]), expected, rtol=1e-13)
 
     @pytest.mark.parametrize("name", ["vp_linear", "vp_cosine", "vp_sigmoid", "chain"])
     def test_hardly_any_signal_is_left_under_the_prior(self, name):

@@ -16,11 +16,11 @@ from exact import GaussianDenoiser
 from masked import MASK, Masked, TwinBits
 
 from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.continuous import edm
+from jax_ddpm.diffusion.continuous import edm, rectified_flow, ve, vp_cosine
 from jax_ddpm.diffusion.denoiser import X0_ESTIMATE
 from jax_ddpm.diffusion.family import Family, Gaussian
 from jax_ddpm.diffusion.likelihood import variational_bound
-from jax_ddpm.diffusion.process import noise_between, prior
+from jax_ddpm.diffusion.process import noise_between
 from jax_ddpm.diffusion.samplers.grid import to_clean
 from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.diffusion.samplers.table import SAMPLERS
@@ -144,10 +144,34 @@ class TestGaussian:
             Gaussian(edm()).bound(denoiser, jnp.zeros((3, 2)), keys[:3], {})
 
     @pytest.mark.parametrize("name", SAMPLERS)
-    def test_every_sampler_starts_from_the_prior(self, name, keys):
-        process = edm()
-        grid = to_clean(process, np.array([9.0, 4.0, 1.0]))
+    @pytest.mark.parametrize(
+        ("process", "times", "std"),
+        [
+            (edm(), (80.0, 4.0, 1.0), 80.0),
+            (edm(), (9.0, 4.0, 1.0), 9.0),
+            (ve(0.01, 100.0), (0.5, 0.2), 1.0),
+            (rectified_flow(), (0.75, 0.5), 0.75),
+            (vp_cosine(), (0.75, 0.5), 1.0),
+        ],
+    )
+    def test_every_sampler_starts_from_the_noise_of_its_first_time(
+        self, name, process, times, std, keys
+    ):
+        grid = to_clean(process, np.array(times))
         options = {"variance": "fixedsmall"} if name == "ancestral" else {}
         sampler = Gaussian(process).samplers[name].make(grid, **options)
         found = sampler.start(keys[:5], (2, 3))
-        np.testing.assert_array_equal(found, prior(process, keys[:5], (2, 3)))
+        unit = jax.vmap(lambda key: jax.random.normal(key, (2, 3)))(keys[:5])
+        np.testing.assert_allclose(found, std * unit, rtol=1e-6)
+
+    def test_few_steps_from_below_the_end_keep_the_datas_width(self, keys):
+        process = edm()
+        sampler = SAMPLERS["ddim"].make(to_clean(process, np.array([10.0, 1.0, 0.1, 0.01])))
+        denoiser = GaussianDenoiser(0.0, 0.75**2, process)
+        x = sample(sampler, denoiser, sampler.start(keys, (2,)), keys, {})[0]
+        # Each Euler step of σ: std of x times (v + σ'·σ)/(v + σ²), with the variance v.
+        width, v = 10.0, 0.75**2
+        for now, after in ((10, 1), (1, 0.1), (0.1, 0.01), (0.01, 0)):
+            width *= (v + now * after) / (v + now**2)
+        np.testing.assert_allclose(x.std(), width, rtol=0.02)
+        assert width == pytest.approx(0.436, abs=0.003)  # 3.49 from the noise of 80

@@ -1,10 +1,13 @@
 """Grids: noise levels from the noisiest down, and the steps between them."""
 
+import jax
 import numpy as np
 import pytest
+from exact import GaussianDenoiser
 
 from jax_ddpm.diffusion.chain import Chain
-from jax_ddpm.diffusion.continuous import edm, rectified_flow, ve, vp_cosine, vp_linear
+from jax_ddpm.diffusion.continuous import edm, rectified_flow, shifted, ve, vp_cosine, vp_linear
+from jax_ddpm.diffusion.processes import make_process
 from jax_ddpm.diffusion.samplers.grid import (
     GRIDS,
     along,
@@ -15,6 +18,8 @@ from jax_ddpm.diffusion.samplers.grid import (
     to_clean,
     uniform,
 )
+from jax_ddpm.diffusion.samplers.scan import sample
+from jax_ddpm.diffusion.samplers.table import SAMPLERS, usual_grid
 from jax_ddpm.diffusion.schedules import make_betas, zero_terminal_snr
 
 CHAIN = Chain(make_betas("linear", 100))
@@ -50,7 +55,7 @@ def without_signal(request):
 def useful_start(process):
     """The start of karras and log_snr: where x_T is N(0, I), no noisier than λ = -10.2."""
     high = process.time_range[1]
-    if process.prior_std == 1 and process.log_snr(np.array([high]))[0] < -10.2:
+    if process.prior_std(0.5) == 1 and process.log_snr(np.array([high]))[0] < -10.2:
         return process.time(np.array([-10.2]))[0]
     return high
 
@@ -116,7 +121,7 @@ class TestTimes:
         """It holds where x_T is N(0, I) at any of these times; in edm it is not."""
         process = WITH_SIGNAL[process]
         start = process.log_snr(GRIDS[name](process, 10))[0]
-        assert start == pytest.approx(-10.2 if process.prior_std == 1 else -2 * np.log(80))
+        assert start == pytest.approx(-10.2 if process.prior_std(0.5) == 1 else -2 * np.log(80))
 
     @pytest.mark.parametrize("name", ["karras", "log_snr"])
     def test_at_infinite_noise_are_refused(self, without_signal, name):
@@ -146,6 +151,41 @@ class TestToClean:
     def test_refuses_times_that_do_not_fall(self, times):
         with pytest.raises(ValueError, match="must decrease"):
             to_clean(CHAIN, np.array(times))
+
+
+class TestBetweenSignalAndNone:
+    """The last step of a chain of zero terminal SNR: λ falls to -∞ within it."""
+
+    CHAIN = make_process("linear", num_timesteps=50, zero_terminal_snr=True)
+
+    @pytest.mark.parametrize("grid", [to_clean, along])
+    def test_no_time_lies(self, grid):
+        with pytest.raises(ValueError, match="lies between 48 and 49, which is pure noise"):
+            grid(self.CHAIN, np.array([49.0, 48.5, 20.0]))
+
+    def test_whole_times_do(self):
+        grid = to_clean(self.CHAIN, np.array([49.0, 48.0, 20.5]))
+        assert grid.num_steps == 3
+
+    def test_quadratic_of_more_steps_than_the_chain_has_is_refused(self):
+        with pytest.raises(ValueError, match="take fewer steps"):
+            to_clean(self.CHAIN, quadratic(self.CHAIN, 150))
+
+
+class TestUsualGrid:
+    @pytest.mark.parametrize("name", ["ancestral", "ddim", "euler", "predictor_corrector"])
+    @pytest.mark.parametrize("factor", [1.0, 2.0])
+    def test_of_noise_levels_is_karras_also_where_they_are_shifted(self, name, factor):
+        assert usual_grid(name, shifted(edm(), factor)) == "karras"
+
+    def test_keeps_the_width_of_the_data_where_they_are_shifted(self):
+        process = shifted(edm(), 2.0)
+        times = GRIDS[usual_grid("ddim", process)](process, 18)
+        sampler = SAMPLERS["ddim"].make(to_clean(process, times))
+        keys = jax.random.split(jax.random.key(0), 2000)
+        denoiser = GaussianDenoiser(0.0, 0.75**2, process)
+        x = sample(sampler, denoiser, sampler.start(keys, (2,)), keys, {})[0]
+        assert 0.6 < x.std() < 0.8
 
 
 class TestAlong:

@@ -405,6 +405,19 @@ class TestRescaled:
         assert np.all(np.abs(self.std(guided) / self.std(conditional) - 1) > 1e-3)
         np.testing.assert_allclose(self.std(rescaled), self.std(conditional), rtol=1e-12)
 
+    def test_flat_images_stay_as_they_are(self, images):
+        """A guided x_0 without any deviation has none to restore."""
+
+        @jax.tree_util.register_static
+        class Flat:
+            def guided_and_plain(self, xt, t, conditioning):
+                flat = Prediction(jnp.full_like(xt, 0.5), jnp.zeros_like(xt))
+                return flat, flat
+
+        rescaled = run(RescaledGuidance(Flat(), CHAIN, 0.7), images)
+        np.testing.assert_allclose(rescaled.x0, 0.5)
+        assert np.all(np.isfinite(rescaled.eps))
+
     def test_phi_0_changes_nothing(self, guidance, images):
         rescaled = run(RescaledGuidance(guidance, CHAIN, 0.0), images)
         jax.tree.map(np.testing.assert_array_equal, rescaled, run(guidance, images))

@@ -50,12 +50,23 @@ def run(process, denoiser, x, keys, given, *, exact_trace=False, tolerance=1e-8)
     return ode_log_likelihood(process, denoiser, x, keys, given, **fields)
 
 
-def ends(process):
-    """α and s = σ/α where the flow begins and ends, s at most 10⁴."""
+def end_times(process):
+    """Where the flow begins and ends: at most at σ/α = 10⁴."""
     times = np.array(process.time_range)
     if process.alpha(times)[1] == 0:
         times[1:] = process.time(np.array([-2 * np.log(1e4)]))
+    return times
+
+
+def ends(process):
+    """α and s = σ/α there."""
+    times = end_times(process)
     return process.alpha(times), process.sigma(times) / process.alpha(times)
+
+
+def prior_std(process):
+    """Of the noise where the flow ends."""
+    return process.prior_std(end_times(process)[1])
 
 
 def gaussian_flow(process, x, mean=MEAN, var=VAR):
@@ -64,7 +75,7 @@ def gaussian_flow(process, x, mean=MEAN, var=VAR):
     std = np.sqrt(var + s**2)
     latent = alpha[1] * (mean + std[1] / std[0] * (x / alpha[0] - mean))
     stretch = alpha[1] / alpha[0] * std[1] / std[0]
-    return norm.logpdf(latent, scale=process.prior_std) + np.log(stretch), latent
+    return norm.logpdf(latent, scale=prior_std(process)) + np.log(stretch), latent
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -86,7 +97,7 @@ class TestGaussianData:
         denoiser = GaussianDenoiser(MEAN, VAR, process)
         found = run(process, denoiser, jnp.asarray(centre + std * z), keys(5), {})
         # To first order: x_T is shifted by mean/s of its deviations, and of another width.
-        width = np.log(alpha[1] * np.sqrt(VAR + s[1] ** 2) / process.prior_std)
+        width = np.log(alpha[1] * np.sqrt(VAR + s[1] ** 2) / prior_std(process))
         expected = z * MEAN / s[1] + (z**2 - 1) * width
         error = found.log_p - norm.logpdf(centre + std * z, centre, std).sum(axis=1)
         assert np.all(np.abs(error) < 0.02)

@@ -21,7 +21,7 @@ from jax_ddpm.diffusion.optimal_variance import (
 )
 from jax_ddpm.diffusion.process import ALL_NOISE
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
-from jax_ddpm.diffusion.samplers.grid import GRIDS, to_clean
+from jax_ddpm.diffusion.samplers.grid import GRIDS, along, to_clean
 from jax_ddpm.diffusion.schedules import make_betas, zero_terminal_snr
 
 quick_compilation = pytest.fixture(autouse=True, scope="module")(tiny.quick_compilation)
@@ -139,7 +139,9 @@ class TestOptimalVariance:
     def test_keeps_the_marginals_in_any_number_of_steps(self, process, num_steps, var):
         """They are the data's at every time, at last those of what the last x_t tells of x_0."""
         for grid in grids(process, num_steps):
-            variance = optimal_variance(grid, exact_error(process, grid.now.time, var))
+            variance = optimal_variance(
+                grid, exact_error(process, grid.now.time, var), visible=False
+            )
             mean, variances = moments_on_the_way(grid, variance, MEAN, var)
             alpha, sigma = grid.after.alpha[:-1], grid.after.sigma[:-1]
             np.testing.assert_allclose(mean, np.append(alpha, 1) * MEAN, rtol=1e-6, atol=1e-9)
@@ -152,7 +154,7 @@ class TestOptimalVariance:
     def test_is_the_posteriors_and_what_is_unknown(self, process):
         """β̃ + c_0²·v·σ²/(α²v + σ²), and no noise in the step to clean data."""
         for grid in grids(process, 10):
-            actual = optimal_variance(grid, exact_error(process, grid.now.time))
+            actual = optimal_variance(grid, exact_error(process, grid.now.time), visible=False)
             now, step = grid.now, grid.posterior
             unknown = VAR * now.sigma**2 / (now.alpha**2 * VAR + now.sigma**2)
             expected = step.variance + step.coef_x0**2 * unknown
@@ -165,7 +167,8 @@ class TestOptimalVariance:
         times = process.time(np.linspace(15.0, ALL_NOISE, 200))
         for grid in grids(process, 20):
             near, exact = (
-                optimal_variance(grid, exact_error(process, t)) for t in (times, grid.now.time)
+                optimal_variance(grid, exact_error(process, t), visible=False)
+                for t in (times, grid.now.time)
             )
             np.testing.assert_allclose(near, exact, rtol=2e-3)
 
@@ -176,12 +179,30 @@ class TestOptimalVariance:
             log_snr, step = np.sort(grid.now.log_snr), grid.posterior
             drawn = grid.after.sigma > 0
             too_large, too_small = (
-                optimal_variance(grid, X0Error(log_snr, np.full_like(log_snr, mse)))
+                optimal_variance(grid, X0Error(log_snr, np.full_like(log_snr, mse)), visible=False)
                 for mse in (1e6, 0.0)
             )
             np.testing.assert_array_equal(too_small, np.where(drawn, step.variance, 0))
             largest = np.where(drawn, step.variance + step.coef_x0**2, 0)
             np.testing.assert_array_equal(too_large, largest)
+
+    def test_leaves_no_visible_noise_in_the_last_noisy_level(self):
+        """What the last but one step leaves: E|σ*·z| ≤ 2/255."""
+        process = PROCESSES["cosine"]
+        for grid in grids(process, 5):
+            statistic = exact_error(process, grid.now.time)
+            free = optimal_variance(grid, statistic, visible=False)
+            capped = optimal_variance(grid, statistic)
+            np.testing.assert_array_equal(np.delete(capped, -2), np.delete(free, -2))
+            mean_size = np.sqrt(2 / np.pi * capped[-2])
+            np.testing.assert_allclose(mean_size, min(2 / 255, np.sqrt(2 / np.pi * free[-2])))
+
+    def test_is_capped_nowhere_on_a_way_that_ends_in_noise(self):
+        process = PROCESSES["cosine"]
+        grid = along(process, np.array([90.0, 50.0, 20.0, 5.0]))
+        statistic = exact_error(process, grid.now.time)
+        free = optimal_variance(grid, statistic, visible=False)
+        np.testing.assert_array_equal(optimal_variance(grid, statistic), free)
 
     def test_is_finite_where_there_is_no_signal(self):
         process = PROCESSES["zero_terminal_snr"]

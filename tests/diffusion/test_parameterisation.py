@@ -12,6 +12,7 @@ from jax_ddpm.diffusion.denoiser import NetworkDenoiser
 from jax_ddpm.diffusion.likelihood import model_log_variance
 from jax_ddpm.diffusion.parameterisation import TARGETS, Parameterisation
 from jax_ddpm.diffusion.process import expand, q_sample
+from jax_ddpm.diffusion.processes import make_process
 from jax_ddpm.diffusion.schedules import SCHEDULES, make_betas
 from jax_ddpm.diffusion.thresholding import ClippedDenoiser
 
@@ -232,6 +233,34 @@ def test_conditions_on_the_logarithm_of_the_noise_level(process):
     parameterisation = Parameterisation(process, time_scale=100.0, condition_on="log_snr")
     expected = 25 * np.log(process.sigma(t) / process.alpha(t))
     np.testing.assert_allclose(parameterisation.network_time(t), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [rectified_flow(), make_process("linear", zero_terminal_snr=True)],
+    ids=["rectified_flow", "zero_terminal_snr"],
+)
+def test_the_network_is_told_a_finite_noise_level_where_all_is_noise(process):
+    parameterisation = Parameterisation(process, "v", time_scale=8.0, condition_on="log_snr")
+    low, high = process.time_range
+    told = parameterisation.network_time(jnp.array([low, (low + high) / 2, high]))
+    assert np.all(np.diff(told) > 0)
+    assert told[-1] == 20
+
+
+@pytest.mark.parametrize("beta_end", [0.02, 0.08])
+def test_a_learned_variance_is_finite_also_where_all_signal_is_lost(beta_end, rng):
+    chain = make_process("linear", beta_end=beta_end)
+    parameterisation = Parameterisation(chain, variance="learned")
+    t = jnp.arange(0.0, 1000)
+    xt, output = jnp.asarray(rng.standard_normal((1000, 2))), rng.standard_normal((1000, 4))
+    prediction = parameterisation.to_prediction(jnp.asarray(output), xt, t)
+    told = model_log_variance(chain, prediction, t, "learned")
+    span = np.log(chain.betas) - chain.posterior_log_variance
+    between = span > 0
+    assert np.all(np.isfinite(told))
+    np.testing.assert_allclose(told[between], output[between, 2:], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(told[~between], np.log(chain.betas)[~between, None] * [1, 1])
 
 
 def test_the_network_sees_x_t_itself_unless_it_is_normalised(rng):

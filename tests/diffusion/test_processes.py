@@ -73,7 +73,7 @@ class TestContinuousTime:
     def test_of_noise_levels_goes_from_the_least_to_the_greatest(self, name):
         process = make_process(name, sigma_min=0.03, sigma_max=20.0)
         np.testing.assert_allclose(process.sigma(np.array(process.time_range)), [0.03, 20.0])
-        np.testing.assert_allclose(process.prior_std, 20.0)
+        np.testing.assert_allclose(process.prior_std(process.time_range[1]), 20.0)
         np.testing.assert_array_equal(process.alpha(np.array(process.time_range)), 1)
 
     @pytest.mark.parametrize("name", CONTINUOUS)
@@ -116,11 +116,12 @@ class TestNoise:
         np.testing.assert_array_equal(one[0], xt[7])
 
     def test_of_the_start_has_the_width_of_the_prior(self, process, keys):
-        x = prior(process, keys, (2, 3))
+        t = process.time_range[1]
+        x = prior(process, t, keys, (2, 3))
         assert x.shape == (500, 2, 3)
         assert x.dtype == jnp.float32
-        np.testing.assert_allclose(x.std() / process.prior_std, 1, atol=4 / np.sqrt(x.size))
-        np.testing.assert_array_equal(prior(process, keys[7:8], (2, 3))[0], x[7])
+        np.testing.assert_allclose(x.std() / process.prior_std(t), 1, atol=4 / np.sqrt(x.size))
+        np.testing.assert_array_equal(prior(process, t, keys[7:8], (2, 3))[0], x[7])
 
 
 class TestMistakes:
@@ -200,4 +201,5 @@ class TestOverTheRangeOf:
     def test_under_variance_explosion_starts_from_the_noise_of_its_end(self, trained, name):
         process = over_the_range_of(trained_process(trained), name)
         end = log_snr_at_ends(process)[1]
-        np.testing.assert_allclose(process.prior_std, np.exp(-end / 2), rtol=1e-9)
+        std = process.prior_std(process.time_range[1])
+        np.testing.assert_allclose(std, np.exp(-end / 2), rtol=1e-9)

@@ -421,6 +421,22 @@ class TestOrder:
         assert self.rate(error) > min(ORDER[name], 3) - 0.3
 
 
+class TestManySteps:
+    """Steps so short that a difference of neighbouring φ-functions has no digit left."""
+
+    @pytest.mark.parametrize("order", [1, 2, 3, 4])
+    def test_of_unipc_lead_to_the_flows_end(self, order):
+        chain = Chain(make_betas("linear", 4000))
+        sampler = unipc(to_clean(chain, uniform(chain, 4000)), order)
+        x = jnp.linspace(-2, 2, 9)[:, None]
+        keys, denoiser = jax.random.split(jax.random.key(0), 9), GaussianDenoiser(0.0, 0.25, chain)
+        alpha, sigma = chain.alpha(np.array([0.0, 3999])), chain.sigma(np.array([0.0, 3999]))
+        std = np.sqrt(alpha**2 / 4 + sigma**2)
+        at_the_least_noise = x * std[0] / std[1]
+        end = denoiser(at_the_least_noise, jnp.zeros(()), {}).x0
+        np.testing.assert_allclose(sample(sampler, denoiser, x, keys, {})[0], end, atol=5e-5)
+
+
 class TestFirstOrder:
     @every_process
     @every([name for name in DETERMINISTIC if name != "heun"])

@@ -97,6 +97,10 @@ class TestLossSecondMoment:
         waiting = history._replace(counts=history.counts.at[2].add(-1))
         np.testing.assert_allclose(ADAPTIVE.probabilities(waiting, STEP), 1 / T, rtol=1e-6)
 
+    def test_uniform_where_all_losses_are_0(self, history):
+        nothing = history._replace(losses=jnp.zeros_like(history.losses))
+        np.testing.assert_allclose(ADAPTIVE.probabilities(nothing, STEP), 1 / T, rtol=1e-6)
+
     def test_all_micro_batches_of_a_step_draw_alike(self, history):
         """Losses of a step's first part count from the next step on."""
         t, loss = jnp.arange(T, dtype=jnp.float32), jnp.arange(T, dtype=jnp.float32)

@@ -161,7 +161,7 @@ class TestNoisy:
         for i in range(4):
             values, weights = metrics[f"accuracy_quarter{i + 1}"]
             np.testing.assert_array_equal(weights, np.asarray(t) // 2 == i)
-            np.testing.assert_array_equal(values, right & np.asarray(weights))
+            np.testing.assert_array_equal(values, right * np.asarray(weights))
 
     def test_without_noise_it_is_that_of_clean_images(self, objective, noisy, keys, batch):
         """A chain of almost no noise leads to almost no difference, also between their images."""

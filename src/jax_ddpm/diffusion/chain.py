@@ -41,7 +41,6 @@ class Chain:
     """
 
     betas: np.ndarray
-    prior_std = 1.0
 
     def __post_init__(self) -> None:
         betas = np.asarray(self.betas, np.float64)
@@ -130,6 +129,10 @@ class Chain:
         """t(λ), fractional between steps and held at 0 and T-1 beyond them."""
         steps = np.arange(self.num_timesteps)
         return _interp(log_snr, self.log_snr_table[::-1], steps[::-1])
+
+    def prior_std(self, t: float) -> float:
+        """1 at any t: x_t of data of unit variance has it."""
+        return 1.0
 
     def _whole_or_between(self, t: Times, table: np.ndarray, between: Times) -> Times:
         xp = t.__array_namespace__()

@@ -199,13 +199,6 @@ class ContinuousProcess:
     time_range: tuple[float, float]
     num_timesteps = 0
 
-    @property
-    def prior_std(self) -> float:
-        """1 under variance preservation, else σ at the noisiest time."""
-        if self.scaling == "variance_preserving":
-            return 1.0
-        return float(self.sigma(np.array(self.time_range))[1])
-
     def alpha(self, t: Times) -> Times:
         return SCALINGS[self.scaling](self.log_snr(t))[0]
 
@@ -217,6 +210,12 @@ class ContinuousProcess:
 
     def time(self, log_snr: Times) -> Times:
         return self.schedule.time(log_snr)
+
+    def prior_std(self, t: float) -> float:
+        """1 under variance preservation, else σ(t)."""
+        if self.scaling == "variance_preserving":
+            return 1.0
+        return float(self.sigma(np.array(t)))
 
 
 # A schedule that reaches infinity is followed to this |λ| (Hoogeboom et al. 2023).

@@ -68,8 +68,8 @@ class Gaussian:
     samplers = SAMPLERS
 
     def prior(self, keys: Any, shape: tuple[int, ...]) -> Float[Array, "batch *shape"]:
-        """N(0, prior_std²·I), where paths begin that begin at the noisiest time."""
-        return prior(self.process, keys, shape)
+        """N(0, prior_std²·I) at the noisiest time."""
+        return prior(self.process, self.process.time_range[1], keys, shape)
 
     def corrupt(
         self, keys: Any, x0: Float[Array, "batch *shape"], t: Float[Array, " batch"]

@@ -286,7 +286,9 @@ class RescaledGuidance:
         def std(x0: Array) -> Array:
             return jnp.std(x0, axis=tuple(range(1, x0.ndim)), keepdims=True)
 
-        x0 = guided.x0 * (self.phi * std(plain.x0) / std(guided.x0) + (1 - self.phi))
+        of_guided = std(guided.x0)
+        ratio = jnp.where(of_guided > 0, std(plain.x0) / of_guided, 1)  # flat images have none
+        x0 = guided.x0 * (self.phi * ratio + (1 - self.phi))
         return guided._replace(x0=x0, eps=noise_between(self.process, x0, xt, t)), plain
 
 

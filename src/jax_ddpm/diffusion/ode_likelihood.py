@@ -88,7 +88,7 @@ def ode_log_likelihood(
         path = odeint(slope, start, tau, denoiser, given, probes, rtol=rtol, atol=atol)
         y, growth = jax.tree.map(lambda values: values[-1], path)
         latent = alpha_T * y
-        log_prior = norm.logpdf(latent, scale=process.prior_std).sum()
+        log_prior = norm.logpdf(latent, scale=process.prior_std(times[1])).sum()
         log_alpha_ratio = float(np.log(alpha_T / alpha_0))
         return FlowLikelihood(log_prior + x.size * (log_alpha_ratio + growth), latent)
 

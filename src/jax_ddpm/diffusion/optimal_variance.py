@@ -13,6 +13,8 @@ from jax_ddpm.diffusion.process import ALL_NOISE, Process, corrupt, fold_in
 from jax_ddpm.diffusion.samplers.grid import Grid
 
 _NUM_TIMES = 200  # for a process without steps of its own
+# Noise of this variance moves a pixel by one of 256 levels of [-1, 1] on average.
+_LEAST_VISIBLE = np.pi / 2 * (2 / 255) ** 2
 
 
 class X0Error(NamedTuple):
@@ -49,7 +51,9 @@ def x0_error(
     return jax.lax.map(at, (jnp.arange(times.size), times))
 
 
-def optimal_variance(grid: Grid, statistic: X0Error) -> Float64[np.ndarray, " steps"]:
+def optimal_variance(
+    grid: Grid, statistic: X0Error, visible: bool = True
+) -> Float64[np.ndarray, " steps"]:
     """σ*² of each step, for ``ancestral`` (Bao et al. 2022, theorem 1 and its bounds, theorem 2).
 
         σ*² = β̃ + c_0²·Cov,   Cov = E‖x_0 - x̂_0‖²/d,
@@ -59,8 +63,12 @@ def optimal_variance(grid: Grid, statistic: X0Error) -> Float64[np.ndarray, " st
     also the optimum of an inexact model (Bao et al. 2022, "Estimating the optimal covariance with
     imperfect mean", theorem 3.1), and can be estimated at high noise as well as at low. It is
     interpolated between the λ of the statistic and held beyond them. A step to clean data draws no
-    noise.
+    noise, so that of the step before it is seen where x_0 are pixels (``visible``): there E|σ*·z|
+    is at most one of 256 levels, 2/255 (the first paper's section 4.2, with y = 1).
     """
     unknown = np.interp(grid.now.log_snr, statistic.log_snr, np.minimum(statistic.mse, 1))
     step = grid.posterior
-    return np.where(grid.after.sigma > 0, step.variance + step.coef_x0**2 * unknown, 0)
+    variance = np.where(grid.after.sigma > 0, step.variance + step.coef_x0**2 * unknown, 0)
+    if visible and grid.after.sigma[-1] == 0:
+        variance[-2:-1] = np.minimum(variance[-2:-1], _LEAST_VISIBLE)
+    return variance

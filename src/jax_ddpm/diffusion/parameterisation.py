@@ -112,6 +112,9 @@ TARGETS: dict[str, Callable[..., Target]] = {
 # Targets that say something of x_0 where α = 0.
 WITHOUT_SIGNAL = ("x0", "v", "velocity", "edm")
 
+# The network is told no lower λ: it would be -∞ where x_t is pure noise.
+_LEAST_LOG_SNR = -20.0
+
 VarianceOutput = Literal["none", "learned", "learned_range"]
 Goal = Annotated[str, Option("What the network predicts.", OneOf(TARGETS))]
 ConditionOn = Annotated[
@@ -132,7 +135,7 @@ class Parameterisation:
       time_scale: the network's time is ``time_scale·t``. 1000/T keeps a chain of any length, and
         1000 keeps times of at most 1, in the range that the sinusoidal embedding was made for.
       condition_on: "time", or "log_snr" for ``-time_scale·λ/8`` in place of t: time_scale times
-        EDM's c_noise = ¼·log(σ/α).
+        EDM's c_noise = ¼·log(σ/α). λ is held at -20 below that, where σ/α is 22,000.
       data_std: the data's standard deviation, for the target "edm" and for ``normalise_input``.
       normalise_input: divide x_t by its standard deviation: EDM's c_in, and Chen 2023's
         normalisation of scaled inputs.
@@ -162,7 +165,8 @@ class Parameterisation:
     def network_time(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
         """The time that conditions the network."""
         if self.condition_on == "log_snr":
-            return self.process.log_snr(t) * (-self.time_scale / 8)
+            log_snr = jnp.maximum(self.process.log_snr(t), _LEAST_LOG_SNR)
+            return log_snr * (-self.time_scale / 8)
         return t * self.time_scale
 
     def network_input(
@@ -200,7 +204,8 @@ class Parameterisation:
         if self.variance == "learned_range":
             return y, (raw + 1) / 2
         lowest, span = (expand(bound, y) for bound in learned_variance_bounds(self.process, t))
-        return y, (raw - lowest) / span
+        # Both bounds are one where the chain has lost all signal: any finite fraction is right.
+        return y, (raw - lowest) / jnp.maximum(span, 1e-30)
 
     def to_prediction(
         self,

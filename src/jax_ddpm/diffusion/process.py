@@ -30,11 +30,6 @@ class Process(Protocol):
         ...
 
     @property
-    def prior_std(self) -> float:
-        """Standard deviation of the noise that sampling starts from."""
-        ...
-
-    @property
     def time_range(self) -> tuple[float, float]:
         """The least and the most noisy time that training draws and sampling visits."""
         ...
@@ -53,6 +48,10 @@ class Process(Protocol):
 
     def time(self, log_snr: Times) -> Times:
         """The inverse t(λ)."""
+        ...
+
+    def prior_std(self, t: float) -> float:
+        """Standard deviation of the noise that stands for x_t where sampling starts at t."""
         ...
 
 
@@ -105,10 +104,10 @@ def q_sample(
 
 
 def prior(
-    process: Process, keys: Any, shape: tuple[int, ...], dtype: Any = float
+    process: Process, t: float, keys: Any, shape: tuple[int, ...], dtype: Any = float
 ) -> Float[Array, "batch *shape"]:
-    """What sampling starts from, N(0, prior_std²·I): an example of ``shape`` for each key."""
-    return process.prior_std * _normal(keys, shape, dtype)
+    """What sampling from t starts with, N(0, prior_std(t)²·I): of ``shape`` for each key."""
+    return process.prior_std(t) * _normal(keys, shape, dtype)
 
 
 def corrupt(

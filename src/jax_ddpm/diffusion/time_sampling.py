@@ -128,12 +128,10 @@ class LossSecondMoment(Uniform):
 
     def probabilities(self, state: LossHistory, step: Int[Array, ""]) -> Float[Array, " T"]:
         """p(t) of a step, summing to 1."""
-        root = jnp.sqrt(jnp.mean(state.losses**2, axis=1))
-        adapted = (1 - self.uniform_share) * root / jnp.sum(root) + (
-            self.uniform_share / self.num_timesteps
-        )
-        warm = jnp.all(state.counts >= self.length)
-        latest = jnp.where(warm, adapted, 1 / self.num_timesteps)
+        root, uniform = jnp.sqrt(jnp.mean(state.losses**2, axis=1)), 1 / self.num_timesteps
+        adapted = (1 - self.uniform_share) * root / jnp.sum(root) + self.uniform_share * uniform
+        known = jnp.all(state.counts >= self.length) & jnp.any(root > 0)
+        latest = jnp.where(known, adapted, uniform)
         return jnp.where(step == state.step, state.probabilities, latest)
 
     def draw(self, state, step, shared_key, keys, position):

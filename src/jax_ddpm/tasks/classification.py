@@ -21,7 +21,7 @@ from jax_ddpm.models.network import Network, Read
 from jax_ddpm.models.table import CLASSIFIERS
 from jax_ddpm.options import require
 from jax_ddpm.tasks import augmentation
-from jax_ddpm.tasks.noising import noised
+from jax_ddpm.tasks.noising import by_quarter, noised
 from jax_ddpm.tasks.objective import Metrics
 from jax_ddpm.tasks.recipe import Recipe, one_network
 from jax_ddpm.tasks.task import Task
@@ -150,7 +150,8 @@ class NoisyClassificationObjective(ClassificationObjective):
     ) -> tuple[Float[Array, " batch"], Metrics, Any]:
         x0 = self._encode(params["codec"], batch, keys)
         family = Gaussian(self.parameterisation.process)
-        t, importance, xt, _ = noised(family, self.time_sampler, extra, x0, keys, step)
+        drawn = noised(family, self.time_sampler, extra, x0, keys, step)
+        t, importance, xt, _ = drawn
         _, logits = self.apply(
             params["network"],
             self.parameterisation.network_input(xt, t),
@@ -159,10 +160,8 @@ class NoisyClassificationObjective(ClassificationObjective):
         )
         loss, correct = _judge(logits, batch["label"])
         extra = self.time_sampler.update(extra, step, keys.gather(t), keys.gather(loss))
-        quarter = jnp.floor(4 * self.time_sampler.rank(t))
-        metrics = {"accuracy": (correct, jnp.ones_like(correct))} | {
-            f"accuracy_quarter{i + 1}": (correct & (quarter == i), quarter == i) for i in range(4)
-        }
+        accuracy = {"accuracy": (correct * importance, importance)}
+        metrics = accuracy | by_quarter("accuracy", correct, drawn, self.time_sampler)
         return loss * importance, metrics, extra
 
 

@@ -22,7 +22,7 @@ from jax_ddpm.keys import StepKeys, Stream
 from jax_ddpm.models.network import Read
 from jax_ddpm.models.table import NETWORKS
 from jax_ddpm.tasks import augmentation
-from jax_ddpm.tasks.noising import noised
+from jax_ddpm.tasks.noising import by_quarter, noised
 from jax_ddpm.tasks.objective import Metrics
 from jax_ddpm.tasks.recipe import Recipe, one_network
 from jax_ddpm.tasks.task import Task
@@ -81,7 +81,8 @@ class DiffusionObjective:
         codec_keys = keys.per_example(Stream.CODEC) if self.augment else None
         x0 = params["codec"].encode(batch, codec_keys)
         family = Gaussian(self.parameterisation.process)
-        t, importance, xt, eps = noised(family, self.time_sampler, extra, x0, keys, step)
+        drawn = noised(family, self.time_sampler, extra, x0, keys, step)
+        t, importance, xt, eps = drawn
         dropout_keys = keys.per_example(Stream.DROPOUT) if self.augment else None
 
         def network(conditioning: Conditioning) -> Array:
@@ -99,7 +100,7 @@ class DiffusionObjective:
         output = network(conditioning)
         loss = self._loss(output, x0, xt, eps, t)
         extra = self.time_sampler.update(extra, step, keys.gather(t), keys.gather(loss))
-        return loss * importance, self._metrics(loss, t), extra
+        return loss * importance, by_quarter("loss", loss, drawn, self.time_sampler), extra
 
     def _told(self, estimate: Array, keys: StepKeys) -> Array:
         """The estimate for half of the examples, 0 for the others; for all when measuring."""
@@ -132,13 +133,6 @@ class DiffusionObjective:
             self.variance,
             self.num_levels,
         )
-
-    def _metrics(self, loss: Array, t: Array) -> Metrics:
-        quarter = jnp.floor(4 * self.time_sampler.rank(t))
-        return {
-            f"loss_quarter{i + 1}": (jnp.where(quarter == i, loss, 0), quarter == i)
-            for i in range(4)
-        }
 
 
 def _recipe(config: ConfigDict, model: factory.Model, read: Read) -> Recipe:

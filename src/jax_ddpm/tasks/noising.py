@@ -2,12 +2,14 @@
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Int, Shaped
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jax_ddpm.diffusion.family import Family
 from jax_ddpm.diffusion.process import float_dtype
 from jax_ddpm.diffusion.time_sampling import TimeSampler
 from jax_ddpm.keys import StepKeys, Stream
+from jax_ddpm.tasks.objective import Metrics
 
 
 class Noised(NamedTuple):
@@ -37,3 +39,15 @@ def noised(
     )
     xt, noise = family.corrupt(keys.per_example(Stream.NOISE), x0, t)
     return Noised(t, importance, xt, noise)
+
+
+def by_quarter(
+    name: str,
+    value: Float[Array, " batch"] | Bool[Array, " batch"],
+    drawn: Noised,
+    time_sampler: TimeSampler,
+) -> Metrics:
+    """The mean of a value over each quarter of the times, whatever times were drawn more often."""
+    quarter = jnp.floor(4 * time_sampler.rank(drawn.t))
+    weights = [jnp.where(quarter == i, drawn.importance, 0) for i in range(4)]
+    return {f"{name}_quarter{i + 1}": (value * w, w) for i, w in enumerate(weights)}

@@ -70,8 +70,8 @@ class Grid(NamedTuple):
         return posterior_coefficients(self.beta, now.alpha, now.sigma, after.alpha, after.sigma)
 
     def sampler(self, nodes: Any, step: Callable, init: Callable = no_history) -> Sampler:
-        """A sampler along this grid, which starts from the process's prior."""
-        return Sampler(nodes, init, step, start=partial(prior, self.process))
+        """A sampler along this grid, which starts from the noise of its first time."""
+        return Sampler(nodes, init, step, start=partial(prior, self.process, self.now.time[0]))
 
 
 def levels(process: Process, times: Float64[np.ndarray, " n"]) -> Levels:
@@ -85,8 +85,10 @@ def along(process: Process, times: Float64[np.ndarray, " n"]) -> Grid:
     """The steps through these times, the last of which is the end; rising times lead to noise.
 
     Raises:
-      ValueError: where the times are fewer than two or neither fall nor rise.
+      ValueError: where the times are fewer than two or neither fall nor rise, or lie where a chain
+        has no noise level.
     """
+    _check_between(process, times)
     change = np.diff(times)
     if len(times) < 2 or not (np.all(change < 0) or np.all(change > 0)):
         raise ValueError("times must be two or more, all falling or all rising")
@@ -98,13 +100,26 @@ def to_clean(process: Process, times: Float64[np.ndarray, " n"]) -> Grid:
     """The steps down through these times, and from the last of them to exactly clean data.
 
     Raises:
-      ValueError: where times do not decrease.
+      ValueError: where times do not decrease, or lie where a chain has no noise level.
     """
+    _check_between(process, times)
     if np.any(np.diff(times) >= 0):
         raise ValueError("times must decrease, from the noisiest to the last before clean data")
     now = levels(process, times)
     clean = Levels(*map(np.array, ([process.time_range[0]], [1.0], [0.0], [np.inf])))
     return Grid(process, now, Levels(*map(np.append, levels(process, times[1:]), clean)))
+
+
+def _check_between(process: Process, times: Float64[np.ndarray, " n"]) -> None:
+    """Between the last step with signal and pure noise no noise level is in between."""
+    end = process.time_range[1]
+    lost = process.num_timesteps and process.alpha(np.array([end]))[0] == 0
+    if lost and np.any(between := (end - 1 < times) & (times < end)):
+        t = times[between][0]
+        raise ValueError(
+            f"t = {t:g} lies between {end - 1:g} and {end:g}, which is pure noise: the chain has "
+            "no noise level there; take fewer steps or whole times"
+        )
 
 
 def uniform(process: Process, num_steps: int) -> Float64[np.ndarray, " steps"]:
@@ -162,7 +177,8 @@ def _useful_ends(grid: str, process: Process) -> Float64[np.ndarray, " 2"]:
     if process.alpha(np.array([high]))[0] == 0:
         must_be = "uniform or quadratic: the process ends without signal, at infinite σ/α"
         raise Unfit("grid", grid, must_be)
-    if process.prior_std == 1 and process.log_snr(np.array([high]))[0] < ALL_NOISE:
+    same_everywhere = process.prior_std(low) == process.prior_std(high)
+    if same_everywhere and process.log_snr(np.array([high]))[0] < ALL_NOISE:
         high = float(process.time(np.array([ALL_NOISE]))[0])
     return np.array([high, low])
 

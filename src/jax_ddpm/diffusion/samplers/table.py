@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_ddpm.diffusion.continuous import NoiseLevel
+from jax_ddpm.diffusion.continuous import NoiseLevel, Shifted
 from jax_ddpm.diffusion.process import Process
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.ddim import ddim
@@ -57,6 +57,9 @@ def usual_grid(name: str, process: Process) -> str:
     if process.alpha(np.array(process.time_range))[1] == 0:
         return "uniform"
     grid = SAMPLERS[name].grid
-    if grid == "uniform" and getattr(process, "schedule", None) == NoiseLevel():
+    schedule = getattr(process, "schedule", None)
+    if isinstance(schedule, Shifted):
+        schedule = schedule.schedule
+    if grid == "uniform" and schedule == NoiseLevel():
         return "karras"
     return grid

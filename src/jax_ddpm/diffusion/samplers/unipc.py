@@ -76,30 +76,31 @@ def _weights(
 
     The newest is the one at i, or at i + 1 for the corrector. Evaluations m_k lie at the points
     r_k = (at[k] - at[i])/h besides m at i itself. The mean of x̂_0 over the step, weighted by
-    exp(λ), is m + Σ_k ρ_k·(m_k - m)/r_k, where Σ_k ρ_k·r_k^(j-1) = j!·φ_(j+1)(-h)/φ_1(-h) for
-    j = 1, 2, … (Zhao et al. 2023, theorem 3.1). A single ρ is ½, which keeps the order.
+    exp(λ), is m + Σ_k ρ_k·(m_k - m)/r_k, where Σ_k ρ_k·r_k^(j-1) is the mean of θ^j, with θ from
+    0 to 1 over the step, for j = 1, 2, … A single ρ is ½, which keeps the order.
     """
     h = at[i + 1] - at[i]
     points = np.array([1.0] * corrects + [(at[i - k] - at[i]) / h for k in range(1, order)])
     rho = np.full(len(points), 0.5)
     if len(points) > 1:
         powers = np.arange(len(points))[:, None]
-        rho = np.linalg.solve(points**powers, _right_hand_side(-h, len(points)))
+        rho = np.linalg.solve(points**powers, _mean_powers(h, len(points)))
     others = rho / points
     newest_is_i = [1 - np.sum(others), *others]
     in_order = [others[0], newest_is_i[0], *others[1:]] if corrects else newest_is_i
     return np.pad(in_order, (0, width - len(in_order)))
 
 
-def _right_hand_side(z: float, count: int) -> Float64[np.ndarray, " count"]:
-    """j!·φ_(j+1)(z)/φ_1(z) for j = 1, …, count; φ_1 = (exp(z) - 1)/z, φ_(j+1) = (φ_j - 1/j!)/z."""
-    first = phi = np.expm1(z) / z
-    factorial, found = 1.0, []
-    for j in range(1, count + 1):
-        factorial *= j
-        phi = (phi - 1 / factorial) / z
-        found.append(factorial * phi / first)
-    return np.array(found)
+def _mean_powers(h: float, count: int) -> Float64[np.ndarray, " count"]:
+    """The mean of θ^j over [0, 1], weighted by exp(h·θ), for j = 1, …, count.
+
+    It is j!·φ_(j+1)(-h)/φ_1(-h) of Zhao et al. 2023, theorem 3.1, whose recursion over j loses all
+    its digits at small h.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    theta = (nodes + 1) / 2
+    weights *= np.exp(h * theta - max(h, 0))
+    return theta ** np.arange(1, count + 1)[:, None] @ weights / weights.sum()
 
 
 def _step(denoiser, x: Array, node: UniPCNode, carry: tuple[Array, Array], keys):

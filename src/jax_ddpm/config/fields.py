@@ -207,7 +207,9 @@ _SAMPLING = {
     ),
     "guidance": Option("By what.", OneOf(GUIDANCE), "classifier_free"),
     "guidance_scale": Option(
-        "0: without the guide; classifier-free 0: unconditional.", not_negative_and_finite, 1.0
+        "1: the model itself; 0: unconditional, without the classifier, or the worse model alone.",
+        not_negative_and_finite,
+        1.0,
     ),
     "guidance_interval": Option(
         "Noise levels σ/α where it guides; (): everywhere.", noise_levels, ()

@@ -1,7 +1,7 @@
 """The T-step chain of Ho et al. 2020: float64 tables and the closed forms of q.
 
-Times are ``t = 0, …, T-1``, as in the paper's code: ``t`` here is the paper's ``t+1``. Index 0 is
-the first noisy state, and clean data lies before it.
+Times are ``t = 0, …, T-1``, as in the paper's code: t here is t + 1 in the paper. Index 0 is the
+first noisy state, and clean data lies before it.
 """
 
 import dataclasses

@@ -90,7 +90,7 @@ def marginal_std(process: Process, t: Array, data_std: float) -> Array:
 def _posterior_mean(process: Process, t: Array) -> Target:
     """μ̃ of q(x_{t-1} | x_t, x_0) = c_0·x_0 + c_t·x_t, for the training chain only.
 
-    Reading x_0 off μ̃ amplifies errors by 1/c_0, up to 7,800 at T = 1000.
+    Reading x_0 off μ̃ amplifies errors by 1/c_0, up to 7,800 under the linear schedule of T = 1000.
     """
     assert isinstance(process, Chain), "the posterior mean is a target of the T-step chain"
     alpha, sigma = process.alpha(t), process.sigma(t)

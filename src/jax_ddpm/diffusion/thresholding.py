@@ -21,7 +21,12 @@ Quantile = Annotated[float, Option("Quantile of |x_0| that limits it: 0.995.", b
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClippedDenoiser:
-    """Static thresholding: x_0 clipped to [-1, 1]."""
+    """Static thresholding: x_0 clipped to [-1, 1].
+
+    The mean of an ancestral step is made from the clipped x_0 whatever the network predicts. The
+    code of Ho et al. keeps the mean of a network that predicts it (``posterior_mean``) as it is,
+    and clips only the x_0 that it shows.
+    """
 
     denoiser: Any
     process: Process = dataclasses.field(metadata={"static": True})
@@ -42,8 +47,8 @@ class ClippedDenoiser:
 class ThresholdedDenoiser:
     """Dynamic thresholding: x_0 clipped to [-s, s] and divided by s, where s is at least 1.
 
-    s is the given quantile of |x_0| over all pixels and channels of an example: 0.995 clips at most
-    one in 200 of them, 1 clips none. An x_0 that lies in [-1, 1] is left unchanged.
+    s is the given quantile of |x_0| over all pixels and channels of an example: 0.995 clips about
+    one in 200 of them and at least one, 1 clips none. An x_0 within [-1, 1] is left unchanged.
 
     Raises:
       ValueError: where the quantile is outside [0, 1].

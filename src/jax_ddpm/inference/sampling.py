@@ -37,8 +37,9 @@ def write_samples(
 ) -> None:
     """Samples 0, …, num_samples-1 into ``out``: a grid ``.png``, an ``.npz``, or else a folder.
 
-    ``moments`` > 1 shows in a grid how each image is made: x_t above the x_0 predicted from it. A
-    ``.gif`` is a film of the grid of x_t at ``moments`` moments, 40 by default.
+    ``moments`` > 1 shows in a grid how each image is made: x after a step above the x_0 that
+    the step was made with. A ``.gif`` is a film of the grid of x_t at ``moments`` moments, 40 by
+    default.
 
     Raises:
       UserError: where ``out`` cannot be written as asked for.

@@ -49,7 +49,9 @@ def heun(
     churn_range: ChurnRange = (0.0, np.inf),
     churn_noise: ChurnNoise = 1.0,
 ) -> Sampler:
-    """2n - 1 evaluations over n steps to clean data: a step from α = 0 or to σ = 0 is Euler's.
+    """2n - 1 evaluations over n steps to clean data, 2n - 2 where these begin at α = 0.
+
+    A step from α = 0 or to σ = 0 is Euler's.
 
     Args:
       churn: S_churn, with γ = min(churn/n, √2 - 1): a step's start is first raised to the noise

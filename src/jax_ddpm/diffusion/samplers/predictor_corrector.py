@@ -42,7 +42,9 @@ def predictor_corrector(
 
     ``snr`` is the paper's r, the strength of the noise relative to the score. Norms are each
     example's own, so a sample does not depend on the others; the paper's code averages them over
-    the batch. 1-β is that of the step t → s, which is 1 in a variance-exploding process.
+    the batch. A step's size so depends on the example's own chance, which makes samples of few
+    dimensions wider than the data, visibly below about 100. 1-β is that of the step t → s, which is
+    1 in a variance-exploding process.
 
     Raises:
       ValueError: where snr is not positive, corrector_steps is negative or the grid rises.

@@ -64,8 +64,9 @@ def sample(
 
     Real numbers of the nodes are cast to x's dtype, or to the default float where x has none;
     integers and truth values stay as they are. The noise of example i depends only on ``keys[i]``,
-    whatever the rest of the batch. Snapshots hold x and the x_0 that the sampler shows (progressive
-    generation). The denoiser under ``self_condition`` also gets the last of these, at first 0, as
+    whatever the rest of the batch. Snapshots hold x after a step and the x_0 predicted before it,
+    as the sampler shows it (progressive generation). The denoiser under ``self_condition`` also
+    gets the last of these, at first 0, as
     ``conditioning["x0_estimate"]`` (Chen et al. 2023, Analog bits).
 
     Raises:

@@ -13,7 +13,7 @@ from jax_ddpm.keys import Stream
 from jax_ddpm.runtime.devices import make_mesh, split, whole
 from jax_ddpm.tasks.adam import clipped_adam
 from jax_ddpm.tasks.optimisers import gated
-from jax_ddpm.tasks.recipe import Average, Frozen, Phase, Recipe, make_learning_rate
+from jax_ddpm.tasks.recipe import Average, Frozen, Phase, Recipe, make_learning_rate, never_warm
 from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.layout import spread
 from jax_ddpm.training.state import init_state
@@ -186,6 +186,13 @@ class TestLearningRate:
     def test_warms_up_from_0_and_stays(self, schedule):
         rate = schedule(warmup_steps=10, num_steps=100, decay="constant")
         np.testing.assert_allclose(rate(0, 5, 10, 99), [0, 0.25, 0.5, 0.5], rtol=1e-6)
+
+    @pytest.mark.parametrize(("warmup", "said"), [(199, ""), (200, "reaches 100%"), (5000, "4%")])
+    def test_a_warm_up_that_outlasts_the_run_is_told(self, make_setting, warmup, said):
+        setting = make_setting(training__warmup_steps=warmup, training__num_steps=200)
+        line = never_warm(setting.config)
+        assert said in line
+        assert bool(said) == bool(line)
 
     def test_falls_to_0_along_a_cosine(self, schedule):
         rate = schedule(warmup_steps=20, num_steps=100, decay="cosine")

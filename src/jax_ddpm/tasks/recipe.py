@@ -169,6 +169,18 @@ def make_learning_rate(config: ConfigDict, peak: float | None = None) -> optax.S
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup])
 
 
+def never_warm(config: ConfigDict) -> str:
+    """What it means that a warm-up outlasts the run, as a line; "" where it does not."""
+    training = config.training
+    if training.warmup_steps < training.num_steps:
+        return ""
+    share = training.num_steps / training.warmup_steps
+    return (
+        f"warm-up of training.warmup_steps={training.warmup_steps} in {training.num_steps} steps: "
+        f"the learning rate reaches {share:.0%} of {training.learning_rate:g}"
+    )
+
+
 def ema_decay(config: ConfigDict) -> Schedule:
     """``training.ema_decay``, reached by (1 + step)/(10 + step).
 

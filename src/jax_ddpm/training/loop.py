@@ -23,6 +23,7 @@ from jax_ddpm.runs.workdir import claimed
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first, own_folder
 from jax_ddpm.runtime.stopping import Poll, Stopped, never
+from jax_ddpm.tasks.recipe import never_warm
 from jax_ddpm.tasks.table import task_of
 from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.feed import Feed
@@ -175,8 +176,8 @@ def _train(
                         images.save_grid(picture(done), drawn, *drawer.layout(num_samples))
                         bar.say(f"wrote {picture(done)}")
 
-            if origin:
-                bar.say(origin)
+            for remark in filter(None, (origin, never_warm(config))):
+                bar.say(remark)
             bar.say(describe(state.params, source, mesh, done))
             try:
                 evaluate()  # an interrupted run may have stopped right before it

@@ -20,6 +20,7 @@ from jax_ddpm.runs.identity import require_same_run
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first
 from jax_ddpm.runtime.stopping import Poll, never
+from jax_ddpm.tasks.recipe import never_warm
 from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.prepare import prepare
@@ -65,7 +66,8 @@ class Preflight:
         """No field contradicts another or these devices."""
         validate(self.config, self.mesh.size)
         training = self.config.training
-        return f"{training.num_steps:,} steps of {training.batch_size} images"
+        text = f"{training.num_steps:,} steps of {training.batch_size} images"
+        return "; ".join(filter(None, (text, never_warm(self.config))))
 
     def write_access(self) -> str:
         """A folder can be made in the workdir."""

@@ -1,7 +1,9 @@
 """A run's identity: kept beside it, and compared field by field when it goes on."""
 
+import errno
 import itertools
 import json
+import os
 import pathlib
 
 import pytest
@@ -12,6 +14,7 @@ from jax_ddpm.config.validation import validate
 from jax_ddpm.data.source import Field, image_spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import NAME_OR_NUMBER
+from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.identity import differences, load_identity, require_same_run, save_identity
 
 
@@ -291,6 +294,10 @@ class TestRequireSameRun:
 
     @pytest.mark.parametrize("state", ["new", "other", "damaged"])
     def test_where_there_is_no_checkpoint_any_run_may_start(self, tmp_path, state):
+        """It was killed before its first; the line that a kill has cut in two says nothing."""
+        (tmp_path / "checkpoints").mkdir()
+        every = tiny.config().training.checkpoint_every
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": {2 * every}, "loss": 1}}\n{{"ste')
         if state == "other":
             save_identity(tmp_path, self.OTHER, tiny.spec())
         if state == "damaged":
@@ -298,6 +305,45 @@ class TestRequireSameRun:
         require_same_run(
             tmp_path / "new" if state == "new" else tmp_path, tiny.config(), tiny.spec()
         )
+
+    def refuses_to_start_over(self, workdir, reason):
+        config, spec = tiny.config(), tiny.spec()
+        for accept_changes in (False, True):
+            with pytest.raises(UserError, match=f"^--workdir={workdir}: .*{reason}") as caught:
+                require_same_run(workdir, config, spec, accept_changes)
+            assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("left", ["config.json", "data.json"])
+    def test_a_run_whose_checkpoints_were_moved_is_not_started_over(self, workdir, left):
+        (workdir / "checkpoints").rename(workdir / "moved")
+        for name in {"config.json", "data.json"} - {left}:
+            (workdir / name).unlink()
+        self.refuses_to_start_over(workdir, "missing.*in another --workdir")
+        (workdir / "checkpoints").symlink_to(workdir / "not mounted")
+        self.refuses_to_start_over(workdir, "missing")
+
+    def test_nor_is_one_whose_every_checkpoint_was_moved(self, workdir):
+        """The log has come so far that there has been one."""
+        (workdir / "checkpoints" / "5").rename(workdir / "5")
+        every = tiny.config().training.checkpoint_every
+        (workdir / "metrics.jsonl").write_text(f'{{"step": {2 * every + 1}, "loss": 1}}\n{{"ste')
+        self.refuses_to_start_over(workdir, "missing")
+
+    @pytest.mark.parametrize("obstacle", ["file", "loop", "mode"])
+    def test_a_folder_that_cannot_be_read_is_not_an_empty_one(self, workdir, monkeypatch, obstacle):
+        folder = workdir / "checkpoints"
+        if obstacle == "mode":  # which does not keep a test from reading that runs as root
+
+            def listdir(path):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+
+            monkeypatch.setattr(os, "listdir", listdir)
+        else:
+            folder.rename(workdir / "moved")
+            folder.touch() if obstacle == "file" else folder.symlink_to(folder)
+        self.refuses_to_start_over(workdir, "cannot be read")
+        with pytest.raises(UserError, match=f"--workdir={workdir}: .*cannot be read"):
+            checkpoint.choose_step(workdir, None, "ema")
 
     def test_passes_the_same_run_and_free_changes(self, workdir):
         require_same_run(workdir, tiny.config(), tiny.spec())

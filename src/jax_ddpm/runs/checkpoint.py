@@ -8,6 +8,7 @@ into a folder that all can reach; only the first chooses, signs and deletes.
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import warnings
@@ -32,9 +33,21 @@ def folder(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-    """The steps with a finished checkpoint, in order."""
-    found = folder(workdir).glob("*")
-    return sorted(int(path.name) for path in found if path.name.isdecimal())
+    """The steps with a finished checkpoint, in order.
+
+    Raises:
+      UserError: where their folder is there and cannot be read.
+    """
+    try:
+        found = os.listdir(folder(workdir))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: its checkpoints cannot be read ({error.strerror}); mend this, "
+            "or use another --workdir"
+        ) from error
+    return sorted(int(name) for name in found if name.isdecimal())
 
 
 def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | None:

@@ -252,7 +252,33 @@ def test_stops_at_the_first_step_that_is_not_finite(run, finished, tmp_path):
     assert report["step"] == 1
     assert "loss" in report["not_finite"]
     assert report["examples"] == batch_indices(0, 1, 8, 1438).tolist()
-    assert checkpoint.steps(tmp_path) == [1], "the last good one"
+    assert str(caught.value).endswith(
+        "1 led to it and is set aside in damaged/; training starts over"
+    )
+    assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["1"]
+    run(tmp_path)
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_it_advises_after_such_a_step_works(run, tmp_path, stopped):
+    """The checkpoint right before it is spoilt, even where it is the only one to be kept."""
+    keep = {"training__checkpoint_every": 1, "training__keep_last": 1, "accept_changes": True}
+
+    def fails(error, match, poll, rate):
+        with pytest.warns(UserWarning, match="learning_rate"), pytest.raises(error, match=match):
+            run(tmp_path, poll=poll, training__learning_rate=rate, **keep)
+
+    with pytest.raises(Stopped):
+        run(tmp_path, poll=StopAtCall(2), **keep)
+    if stopped:
+        fails(Stopped, None, StopAtCall(1), 1e30)
+    fails(UserError, "on from checkpoint 2 with --accept_changes", StopAtCall(0), 1.1e30)
+    assert checkpoint.steps(tmp_path) == [2]
+    with pytest.warns(UserWarning, match="learning_rate"):
+        run(tmp_path, **keep)
+    assert checkpoint.steps(tmp_path) == [NUM_STEPS]
+    assert all(np.isfinite(line["loss"]) for line in log(tmp_path) if "loss" in line)
 
 
 def test_a_full_disk_is_one_line_and_harms_nothing(run, finished, tmp_path, monkeypatch):

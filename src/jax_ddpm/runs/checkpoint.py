@@ -114,6 +114,16 @@ def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
         raise UserError(f"checkpoint {step} in {workdir}: {_one_line(error)}") from error
 
 
+def set_aside(workdir: pathlib.Path, since: int) -> list[int]:
+    """Moves the checkpoints from step ``since`` on into ``damaged/``, and returns their steps."""
+    aside, moved = workdir / "damaged", [step for step in steps(workdir) if step >= since]
+    for step in moved:
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        (folder(workdir) / str(step)).rename(aside / str(step))
+    return moved
+
+
 def digest(params: Any) -> str:
     """A hash that identifies parameters, wherever their run lies."""
     sha256 = hashlib.sha256()
@@ -126,6 +136,8 @@ class Checkpoints:
     """Saves and restores what a run goes on from; closing it waits for the last save.
 
     It keeps the last ``keep_last`` checkpoints and those at multiples of ``keep_every`` (0: none).
+    Older ones are deleted only when the run has gone on from the last, to the next save or to its
+    end: until then the last may be spoilt.
     """
 
     def __init__(self, workdir: pathlib.Path, keep_last: int, keep_every: int):
@@ -149,6 +161,8 @@ class Checkpoints:
         failure = contextlib.suppress(UserError) if error else contextlib.nullcontext()
         with contextlib.closing(self._saver), failure:
             self.wait()
+            if not error:
+                self._delete_superseded()
 
     def _clear_up(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -172,6 +186,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
+        self._delete_superseded()
         self.last = step
         args = {name: ocp.args.StandardSave(item) for name, item in _not_empty(items).items()}
         args["progress"] = ocp.args.JsonSave(progress | {"step": step})
@@ -197,11 +212,13 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def wait(self) -> None:
-        """Returns when the last save is on disk and superseded checkpoints are deleted."""
+        """Returns when the last save is on disk."""
         try:
             self._saver.wait_until_finished()
         except Exception as error:
             raise self._failure(error) from error
+
+    def _delete_superseded(self) -> None:
         if not is_first():
             return
         for step in steps(self._workdir)[: -self._keep_last]:
@@ -232,7 +249,7 @@ class Checkpoints:
         step = newest(self._workdir)
         if step is None:
             return 0, items, {}
-        from_first(lambda: self._set_aside_after(step))
+        from_first(lambda: set_aside(self._workdir, step + 1))
         path, wanted = self._folder / str(step), _not_empty(items)
         where = f"checkpoint {step} in {self._workdir}"
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
@@ -254,14 +271,6 @@ class Checkpoints:
         progress = restored["progress"]
         self.last = done = progress.pop("step")
         return done, items | {name: restored[name] for name in wanted}, progress
-
-    def _set_aside_after(self, step: int) -> None:
-        aside = self._workdir / "damaged"
-        for later in steps(self._workdir):
-            if later > step:
-                aside.mkdir(exist_ok=True)
-                shutil.rmtree(aside / str(later), ignore_errors=True)
-                (self._folder / str(later)).rename(aside / str(later))
 
 
 def _not_empty(items: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from jax_ddpm.tasks.table import task_of
 from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.heldout import HeldOut
-from jax_ddpm.training.kept_averages import KeptAverages
+from jax_ddpm.training.kept_averages import KeptAverages, kept_averages
 from jax_ddpm.training.meter import Meter, MetricWriter, NonFinite, Progress
 from jax_ddpm.training.prepare import Prepared, prepare
 from jax_ddpm.training.profile import Profiler
@@ -73,7 +73,8 @@ def train(
                 return _train(config, workdir, own, source, mesh, prepared, profile, poll)
             except NonFinite as error:
                 path = _note_batch(error, own, config, source)
-                raise UserError(f"{error}. The batch is noted in {path}") from error
+                again = from_first(lambda: _step_back(workdir, error.step))
+                raise UserError(f"{error}. The batch is noted in {path}; {again}") from error
     except OSError as error:
         raise UserError(
             f"{error.filename or workdir}: {error.strerror or error}; the checkpoints in {workdir} "
@@ -90,6 +91,17 @@ def _note_batch(
     report = {"step": error.step, "not_finite": error.quantities, "examples": batch.tolist()}
     path.write_text(json.dumps(report) + "\n")
     return path
+
+
+def _step_back(workdir: pathlib.Path, step: int) -> str:
+    """Sets aside what led to a step that is not finite; says where training can go on."""
+    spoilt = checkpoint.set_aside(workdir, step)
+    checkpoint.set_aside(kept_averages(workdir), step)
+    told = f"checkpoint {step} led to it and is set aside in damaged/; " if spoilt else ""
+    left = checkpoint.steps(workdir)
+    if not left:
+        return f"{told}training starts over"
+    return f"{told}training goes on from checkpoint {left[-1]} with --accept_changes"
 
 
 def _train(

@@ -59,14 +59,15 @@ def prepare(devices):
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-def start(folder, count, devices, *flags):
-    """A command in ``count`` processes with so many devices each."""
+def start(folder, count, devices, *flags, last=()):
+    """A command in ``count`` processes with so many devices each; ``last`` are the last one's."""
     address = ["--distributed=manual", f"--coordinator=localhost:{free_port()}"]
     return [
         Run(
             folder / str(index),
             *flags,
             *([*address, f"--num_processes={count}", f"--process_id={index}"] * (count > 1)),
+            *(last if index == count - 1 else ()),
             prepare=functools.partial(prepare, devices),
         )
         for index in range(count)
@@ -86,9 +87,9 @@ def succeeds(folder, count, devices, *flags):
     return first.stdout
 
 
-def train(workdir, count, devices, *flags):
+def train(workdir, count, devices, *flags, last=()):
     folder = workdir.parent / f"{workdir.name}_output_{count}"
-    return start(folder, count, devices, *FLAGS, f"--workdir={workdir}", *flags)
+    return start(folder, count, devices, *FLAGS, f"--workdir={workdir}", *flags, last=last)
 
 
 def log(workdir):
@@ -200,6 +201,22 @@ def test_samples_and_measurements_are_those_of_one_process(by_one, tmp_path):
     assert abs(samples[0] - samples[1]).max() <= 1
     assert measures[0]["protocol"] == measures[1]["protocol"]
     assert measures[1]["result"]["value"] == pytest.approx(measures[0]["result"]["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ("--config.seed=1", "process 1 has --config.seed 1, but process 0 0"),
+        ("--mode=check", "process 1 has --mode 'check', but process 0 'train'"),
+        ("--workdir=runs", f"process 1 has --workdir '{ROOT / 'runs'}', but process 0 '"),
+    ],
+)
+def test_processes_that_disagree_train_nothing(tmp_path, last, told):
+    workdir = tmp_path / "run"
+    for result in results(train(workdir, 2, 1, last=[last])):
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1].startswith(f"error: {told}")
+    assert not workdir.exists()
 
 
 def test_a_check_is_said_once(tmp_path):

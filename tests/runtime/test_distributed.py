@@ -20,6 +20,7 @@ from jax_ddpm.runtime.distributed import (
     lost,
     noticing_loss,
     own_folder,
+    require_agreement,
     several,
     shared_poll,
 )
@@ -77,6 +78,30 @@ def agree():
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_what_the_first_process_decides_holds_for_all(tmp_path, count, devices):
     succeeds(joined(tmp_path, count, devices, agree))
+
+
+def disagree(facts, line):
+    """All hear of the one that differs; those who agree hear nothing."""
+    for same in ({}, {"é": 1, "inner": {"x": [1, None]}}):
+        require_agreement(same)
+    with pytest.raises(UserError) as caught:
+        require_agreement(facts[jax.process_index()])
+    assert str(caught.value) == f"process {line}; start all with the same command"
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        ([{"a": {"b": 1}}, {"a": {"b": 2}}], "1 has a.b 2, but process 0 1"),
+        pytest.param(
+            [{"a": 1, "b": 2}, {"a": 1}, {"a": 1}],
+            "0 has b 2, but process 1 None",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_process_that_was_started_otherwise_is_named_by_all(tmp_path, facts, line):
+    succeeds(joined(tmp_path, len(facts), 1, functools.partial(disagree, facts, line)))
 
 
 def write(workdir):

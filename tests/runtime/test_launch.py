@@ -123,8 +123,9 @@ def test_a_process_on_its_own_joins_nobody(monkeypatch, environ):
     join("off")
 
 
-def meet(environ, *address, patience=60):
+def meet(environ, *address, patience=60, notice=15):
     """Joins in a new process, and says who it is, of how many devices; or why not."""
+    launch._NOTICE_SECONDS = notice
     os.environ.update(environ)
     jax.config.update("jax_platforms", "cpu")
     with ending():
@@ -184,6 +185,16 @@ def test_without_the_others_it_gives_up(tmp_path):
     works = [functools.partial(meet, {}, *address, 0, patience=2)]
     (result,) = Job(tmp_path, works).results()
     assert told(result).startswith("error: after 2 s some processes of this job have not come")
+
+
+@pytest.mark.slow
+def test_who_waits_says_where(tmp_path):
+    """A wrong port shows before all patience is spent."""
+    place = f"localhost:{free_port()}"
+    works = [functools.partial(meet, {}, place, 2, 1, patience=2, notice=1)]
+    (result,) = Job(tmp_path, works).results()
+    waiting, *_ = result.stderr.splitlines()
+    assert waiting == f"waiting for the other processes of this job at {place}, up to 2 s in all"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 
@@ -33,10 +34,27 @@ def run(command: Command) -> None:
     backend.keep_compiled()
     with distributed.ending(), one_line():
         join(**command.job)
+        distributed.require_agreement(_facts(command))
         with distributed.noticing_loss(), StopRequest() as stop:
             result = mode(given, distributed.shared_poll(stop.poll))
         if distributed.is_first():
             print(result)
+
+
+def _facts(command: Command) -> dict[str, Any]:
+    """What all processes of a job must have been started with, by name."""
+    import jax
+    import jaxlib
+
+    import jax_ddpm
+
+    facts: dict[str, Any] = {f"--{name}": value for name, value in command.given.items()}
+    if "--workdir" in facts:
+        facts["--workdir"] = os.path.abspath(facts["--workdir"])
+    if "--config" in facts:
+        facts["--config"] = facts["--config"].config.to_dict()
+    versions = {each.__name__: each.__version__ for each in (jax_ddpm, jax, jaxlib)}
+    return {"--mode": command.mode} | facts | versions
 
 
 @contextlib.contextmanager

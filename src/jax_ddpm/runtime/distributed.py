@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -86,6 +86,37 @@ def _broadcast(message: bytes) -> bytes:
     if is_first():
         buffer[:length] = np.frombuffer(message, np.uint8)
     return multihost_utils.broadcast_one_to_all(buffer)[:length].tobytes()
+
+
+def require_agreement(facts: Mapping[str, Any]) -> None:
+    """Compares facts, a nested dict for JSON, over all processes; all must call this at one place.
+
+    Raises:
+      UserError: on all processes, naming one that differs from most, or else from the first.
+    """
+    if not several():
+        return
+    from flax.traverse_util import flatten_dict
+
+    told = _gathered(json.dumps(facts, sort_keys=True, default=str).encode())
+    usual, _ = collections.Counter(told).most_common(1)[0]
+    for process, text in enumerate(told):
+        if text != usual:
+            held, expected = (flatten_dict(json.loads(each), sep=".") for each in (text, usual))
+            name = next(n for n in expected | held if held.get(n) != expected.get(n))
+            raise UserError(
+                f"process {process} has {name} {held.get(name)!r}, but process "
+                f"{told.index(usual)} {expected.get(name)!r}; start all with the same command"
+            )
+
+
+def _gathered(message: bytes) -> list[bytes]:
+    """The messages of all processes."""
+    lengths = multihost_utils.process_allgather(np.int32(len(message)))
+    buffer = np.zeros(1 << int(max(lengths)).bit_length(), np.uint8)
+    buffer[: len(message)] = np.frombuffer(message, np.uint8)
+    gathered = multihost_utils.process_allgather(buffer)
+    return [row[:length].tobytes() for row, length in zip(gathered, lengths, strict=True)]
 
 
 def shared_poll(poll: Poll) -> Poll:

@@ -21,6 +21,7 @@ from jax_ddpm.runtime.distributed import is_first, several
 
 # A process that hangs, or whose host is gone, is missed after this time; JAX ends the others.
 _HEARTBEAT_SECONDS = 60
+_NOTICE_SECONDS = 15
 _MANUAL = "--distributed=manual --coordinator=host:port --num_processes=n --process_id=i"
 
 
@@ -146,9 +147,14 @@ def _join_as_launched(mode: str, patience: int) -> None:
 def _initialize(patience: int, **address: Any) -> None:
     """``jax.distributed.initialize``; ends the process if the others do not come."""
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is StopRequest's
-    watch = threading.Timer(patience, _give_up, [patience])
-    watch.daemon = True
-    watch.start()
+    place = address.get("coordinator_address", "the place that the launcher says")
+    watches = (
+        threading.Timer(_NOTICE_SECONDS, _tell_waiting, [place, patience]),
+        threading.Timer(patience, _give_up, [patience]),
+    )
+    for watch in watches:
+        watch.daemon = True
+        watch.start()
     try:
         jax.distributed.initialize(
             initialization_timeout=2 * patience,
@@ -162,7 +168,16 @@ def _initialize(patience: int, **address: Any) -> None:
             f"To say who is who: {_MANUAL}"
         ) from error
     finally:
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
+
+
+def _tell_waiting(place: str, patience: int) -> None:
+    print(
+        f"waiting for the other processes of this job at {place}, up to {patience} s in all",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _give_up(patience: int) -> None:

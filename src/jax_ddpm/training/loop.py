@@ -21,7 +21,7 @@ from jax_ddpm.runs.frozen import save_frozen
 from jax_ddpm.runs.identity import require_same_run, save_identity
 from jax_ddpm.runs.workdir import claimed
 from jax_ddpm.runtime.devices import make_mesh
-from jax_ddpm.runtime.distributed import from_first, is_first, own_folder
+from jax_ddpm.runtime.distributed import from_first, is_first, own_folder, require_agreement
 from jax_ddpm.runtime.stopping import Poll, Stopped, never
 from jax_ddpm.tasks.recipe import never_warm
 from jax_ddpm.tasks.table import task_of
@@ -64,6 +64,8 @@ def train(
         not finite.
     """
     source = factory.make_source(config)
+    place = {"--workdir": workdir.absolute(), "data set": source.spec.meaning()}
+    require_agreement({"config": config.to_dict()} | place)
     try:
         with claimed(workdir), own_folder(workdir) as own:
             require_same_run(workdir, config, source.spec, accept_changes)

@@ -156,7 +156,7 @@ class TestStored:
 
     def test_comes_back_as_it_was(self, source, trained, workdir):
         expected = estimate_x0_error(trained, source, 20, 8)
-        loaded = load_x0_error(workdir, 4, "ema")
+        loaded = load_x0_error(workdir, 4, "ema", trained.model_record["sha256"])
         np.testing.assert_array_equal(loaded.log_snr, expected.log_snr)
         np.testing.assert_array_equal(loaded.mse, expected.mse)
 
@@ -169,7 +169,7 @@ class TestStored:
     def test_of_other_parameters_is_missing(self, workdir, step, item):
         """The error is one line that says how it is made."""
         with pytest.raises(UserError, match=r"sampling\.variance=optimal: .* is missing") as caught:
-            load_x0_error(workdir, step, item)
+            load_x0_error(workdir, step, item, "")
         assert "--mode=variance" in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -193,5 +193,19 @@ class TestStored:
     def test_that_is_damaged_is_one_line(self, workdir, text):
         x0_error_path(workdir, 4, "ema").write_text(text)
         with pytest.raises(UserError, match="is damaged; make it anew") as caught:
-            load_x0_error(workdir, 4, "ema")
+            load_x0_error(workdir, 4, "ema", "")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("column", ["log_snr", "mse"])
+    def test_that_was_edited_is_damaged(self, trained, workdir, column):
+        path = x0_error_path(workdir, 4, "ema")
+        stored = json.loads(path.read_text())
+        stored[column][-1] *= 1.0001
+        path.write_text(json.dumps(stored))
+        with pytest.raises(UserError, match="is damaged; make it anew"):
+            load_x0_error(workdir, 4, "ema", trained.model_record["sha256"])
+
+    def test_of_a_model_that_was_replaced_is_refused(self, workdir):
+        with pytest.raises(UserError, match="is of other parameters; make it anew") as caught:
+            load_x0_error(workdir, 4, "ema", "0" * 64)
         assert "\n" not in str(caught.value)

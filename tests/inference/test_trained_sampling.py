@@ -13,7 +13,7 @@ from jax_ddpm.diffusion.guidance import ClassifierFreeGuidance
 from jax_ddpm.errors import UserError
 from jax_ddpm.inference.companions import x0_error_path
 from jax_ddpm.inference.sampling import write_samples
-from jax_ddpm.runs.checkpoint import Checkpoints
+from jax_ddpm.runs.checkpoint import Checkpoints, digest
 from jax_ddpm.runs.identity import save_identity
 from jax_ddpm.training.state import TrainState, to_items
 
@@ -256,7 +256,9 @@ class TestOptimalVariance:
     @staticmethod
     def store(workdir, mse):
         statistic = {"log_snr": [-10.0, 10.0], "mse": mse}
-        x0_error_path(workdir, 2, "ema").write_text(json.dumps(statistic))
+        of = {"sha256": digest(np.array([*statistic.values()]))}
+        of["model"] = {"sha256": jax_ddpm.load(workdir).record["sha256"]}
+        x0_error_path(workdir, 2, "ema").write_text(json.dumps(of | statistic))
 
     def test_needs_the_statistic(self, make):
         with pytest.raises(UserError, match=r"sampling\.variance=optimal: .* is missing"):

@@ -15,7 +15,14 @@ from jax_ddpm.data.source import Field, image_spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import NAME_OR_NUMBER
 from jax_ddpm.runs import checkpoint
-from jax_ddpm.runs.identity import differences, load_identity, require_same_run, save_identity
+from jax_ddpm.runs.identity import (
+    differences,
+    load_identity,
+    require_same_run,
+    save_identity,
+    to_json,
+)
+from jax_ddpm.runs.manifest import sign
 
 
 def flat(sections):
@@ -224,6 +231,88 @@ class TestMistakes:
             load_identity(tmp_path)
 
 
+def keep_with_checkpoint(workdir, step, config, spec=None):
+    """A checkpoint of nothing but its identity."""
+    notes = {"config": json.loads(config.to_json())}
+    notes |= {"data": to_json(spec)} if spec else {}
+    folder = workdir / "checkpoints" / str(step)
+    for name, note in notes.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "metadata").write_text(json.dumps(note))
+    sign(folder)
+
+
+class TestCheckpointsOwn:
+    """What is hashed with the parameters decides over files that anyone may edit."""
+
+    OTHER = tiny.config(process__num_timesteps=9)
+
+    @pytest.fixture
+    def workdir(self, tmp_path):
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        keep_with_checkpoint(tmp_path, 5, tiny.config(), tiny.spec())
+        return tmp_path
+
+    def decides(self, workdir, match):
+        with pytest.warns(UserWarning, match=rf"{match}.*; checkpoint 5 decides$") as warned:
+            config, spec = load_identity(workdir)
+        assert config.to_dict() == tiny.config().to_dict()
+        assert spec == tiny.spec()
+        assert len(warned) == 1
+        assert "\n" not in str(warned[0].message)
+
+    def test_is_the_same_in_silence(self, workdir):
+        assert load_identity(workdir)[1] == tiny.spec()
+        assert load_identity(workdir, 5)[1] == tiny.spec()
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("parameterisation__target", "v"),
+            ("process__num_timesteps", 9),
+            ("sampling__clip", False),
+            ("model__num_res_blocks", 2),
+        ],
+    )
+    def test_decides_over_an_edited_config(self, workdir, field, value):
+        save_identity(workdir, tiny.config(**{field: value}), tiny.spec())
+        self.decides(workdir, rf"changed: {field.replace('__', '.')} .* → {value!r}")
+
+    def test_decides_over_edited_data(self, workdir):
+        save_identity(workdir, tiny.config(), tiny.spec((8, 8, 1)))
+        self.decides(workdir, "changed: data set.image '4×4×1 of 17 values' → '8×8×1")
+
+    @pytest.mark.parametrize("name", ["config.json", "data.json"])
+    def test_is_there_where_a_file_is_not(self, workdir, name):
+        (workdir / name).write_text("{")
+        self.decides(workdir, f"{name}.* is damaged")
+        (workdir / name).unlink()
+        self.decides(workdir, f"{name} is missing")
+
+    def test_is_each_checkpoints_own(self, workdir):
+        keep_with_checkpoint(workdir, 7, self.OTHER, tiny.spec())
+        save_identity(workdir, self.OTHER, tiny.spec())
+        assert load_identity(workdir)[0].process.num_timesteps == 9
+        with pytest.warns(UserWarning, match="num_timesteps 8 → 9; checkpoint 5 decides"):
+            assert load_identity(workdir, 5)[0].process.num_timesteps == 8
+
+    def test_is_refused_where_it_was_edited(self, workdir):
+        note = workdir / "checkpoints" / "5" / "config" / "metadata"
+        note.write_text(note.read_text().replace("8", "9"))
+        with pytest.raises(UserError, match=r"checkpoint 5 in .*config/metadata has changed"):
+            load_identity(workdir, 5)
+
+    def test_needs_the_file_for_data_that_an_older_one_does_not_hold(self, workdir):
+        keep_with_checkpoint(workdir, 7, tiny.config())
+        assert load_identity(workdir)[1] == tiny.spec()
+
+    def test_is_what_a_run_goes_on_from(self, workdir):
+        save_identity(workdir, self.OTHER, tiny.spec())
+        require_same_run(workdir, tiny.config(), tiny.spec())
+        with pytest.raises(UserError, match=r"process.num_timesteps 8 → 9"):
+            require_same_run(workdir, self.OTHER, tiny.spec())
+
+
 class TestDifferences:
     def test_the_free_fields_are_fields(self):
         assert set(FIELDS) >= FREE
@@ -287,7 +376,7 @@ class TestRequireSameRun:
     def workdir(self, tmp_path):
         """The workdir of a run with a checkpoint."""
         save_identity(tmp_path, tiny.config(), tiny.spec())
-        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+        keep_with_checkpoint(tmp_path, 5, tiny.config(), tiny.spec())
         return tmp_path
 
     OTHER = tiny.config(training__learning_rate=0.5, model__dropout=0.25)
@@ -370,6 +459,9 @@ class TestRequireSameRun:
         require_same_run(workdir, tiny.config(), tiny.spec(), accept_changes=True)
 
     def test_refuses_a_run_that_nothing_is_known_of(self, workdir):
-        (workdir / "config.json").write_text("{")
-        with pytest.raises(UserError, match=f"--workdir={workdir}"):
+        (workdir / "checkpoints" / "5" / "manifest.json").unlink()
+        with (
+            pytest.warns(UserWarning, match="checkpoint 5 is damaged"),
+            pytest.raises(UserError, match=f"--workdir={workdir}: every checkpoint is damaged"),
+        ):
             require_same_run(workdir, tiny.config(), tiny.spec())

@@ -213,14 +213,11 @@ def test_accepted_changes_that_do_not_fit_leave_the_run_as_it_was(run, finished,
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_a_run_whose_identity_is_lost_goes_on_when_told(run, finished, tmp_path, name):
+def test_a_run_whose_identity_is_lost_has_it_in_its_checkpoints(run, finished, tmp_path, name):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     (workdir / name).unlink()
-    with pytest.raises(UserError, match=f"{name} is missing; --accept_changes"):
-        run(workdir)
-    with pytest.warns(UserWarning, match=f"{name} is missing"):
-        run(workdir, accept_changes=True)
+    run(workdir)
     assert (workdir / name).read_text() == (finished / name).read_text()
 
 
@@ -275,8 +272,7 @@ def test_what_it_advises_after_such_a_step_works(run, tmp_path, stopped):
         fails(Stopped, None, StopAtCall(1), 1e30)
     fails(UserError, "on from checkpoint 2 with --accept_changes", StopAtCall(0), 1.1e30)
     assert checkpoint.steps(tmp_path) == [2]
-    with pytest.warns(UserWarning, match="learning_rate"):
-        run(tmp_path, **keep)
+    run(tmp_path, **keep)
     assert checkpoint.steps(tmp_path) == [NUM_STEPS]
     assert all(np.isfinite(line["loss"]) for line in log(tmp_path) if "loss" in line)
 

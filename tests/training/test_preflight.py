@@ -233,7 +233,7 @@ class TestRunInTheWorkdir:
     def test_must_have_a_whole_checkpoint(self, run):
         (run / "checkpoints" / "4" / "manifest.json").unlink()
         with pytest.warns(UserWarning, match="checkpoint 4 is damaged"):
-            line = fails("checkpoints", config(training__num_steps=6), run)
+            line = fails("data", config(training__num_steps=6), run)
         assert "every checkpoint is damaged" in line
 
 

@@ -238,7 +238,7 @@ class Run(Trained):
         """Estimates what ``variance="optimal"`` needs, and stores it with the checkpoint."""
         from jax_ddpm.evaluation.x0_error import store_x0_error
 
-        source = _source(None, self.workdir, data_path)
+        source = _source(None, self.workdir, data_path, self.step)
         assert source is not None
         size = batch_size or self.config.sampling.batch_size
         return store_x0_error(self, source, self.workdir, num_examples, size, poll)
@@ -311,7 +311,7 @@ def evaluate(
     what = Evaluation(
         cache=pathlib.Path(cache or folder / "cache"),
         trained=run,
-        source=_source(config, run.workdir if run else None, data_path),
+        source=_source(config, run.workdir if run else None, data_path, run.step if run else None),
         samples=None if samples is None else pathlib.Path(samples),
         num_samples=num_samples,
         seeds=tuple(range(seed, seed + num_seeds)),
@@ -418,8 +418,10 @@ def _request(
     return Request(edit, read(images), mask=mask, asked=asked, **settings)
 
 
-def _source(config: Config | None, workdir: Path | None, data_path: Path | None) -> Source | None:
-    """The data of the run in ``workdir``, or of ``config``."""
+def _source(
+    config: Config | None, workdir: Path | None, data_path: Path | None, step: int | None = None
+) -> Source | None:
+    """The data of the run in ``workdir`` at a step, or of ``config``."""
     from jax_ddpm.config.validation import validate
     from jax_ddpm.factory import make_source
     from jax_ddpm.runs.identity import load_identity
@@ -428,7 +430,7 @@ def _source(config: Config | None, workdir: Path | None, data_path: Path | None)
     if workdir is not None and config is not None:
         raise UserError("--config and --workdir: give one of them; a run has its own data")
     if workdir is not None:
-        settings, spec = load_identity(pathlib.Path(workdir))
+        settings, spec = load_identity(pathlib.Path(workdir), step)
     elif config is not None:
         settings = read_config(config).config
     else:

@@ -14,6 +14,7 @@ from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.inference.companions import x0_error_path
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, stream_key
+from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runtime.devices import compile_over, make_mesh, place, round_up, split, whole
 from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runtime.pipeline import run_ahead
@@ -64,6 +65,7 @@ def store_x0_error(
         "model": trained.model_record,
         "data": source.spec.identity,
         "num_examples": min(num_examples, source.spec.split_sizes["train"]),
+        "sha256": digest(statistic),
     }
     columns = {name: column.tolist() for name, column in statistic._asdict().items()}
     out = x0_error_path(workdir, trained.step, trained.item)

@@ -4,41 +4,36 @@ import json
 import pathlib
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from jax_ddpm import factory
-from jax_ddpm.data.source import Spec
 from jax_ddpm.diffusion.guidance import NoisyClassifier
 from jax_ddpm.diffusion.optimal_variance import X0Error
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import ALONE, Companions
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import digest
-from jax_ddpm.runs.identity import load_identity
-from jax_ddpm.runs.served import served
+from jax_ddpm.runs.served import Served, served
 from jax_ddpm.tasks.classification import NoisyImageClassifier
 from jax_ddpm.tasks.table import make_model
 
 _TASK_OF_GUIDE = {"classifier": "noisy_classification", "autoguidance": "diffusion"}
 
 
-def load_companions(
-    config: ConfigDict, spec: Spec, workdir: pathlib.Path, step: int, item: str
-) -> Companions:
-    """All that ``config.sampling`` needs beside the parameters of this checkpoint.
+def load_companions(run: Served, workdir: pathlib.Path, item: str) -> Companions:
+    """All that ``config.sampling`` of a run needs beside its own parameters.
 
     Raises:
       UserError: where something is missing, damaged, or does not fit the model.
     """
-    sampling, companions = config.sampling, ALONE
+    config, spec, sampling, companions = run.config, run.spec, run.config.sampling, ALONE
     if sampling.variance == "optimal":
-        statistic = load_x0_error(workdir, step, item)
+        statistic = load_x0_error(workdir, run.step, item, digest(run.params))
         record = {"x0_error_sha256": digest(statistic)}
         companions = companions._replace(x0_error=statistic, record=record)
     if sampling.guidance == "classifier_free":
         return companions
     guide = pathlib.Path(sampling.guide)
-    guide_config, guide_spec = load_identity(guide)
+    guide_config, guide_spec, _, params = served(guide, sampling.guide_step or None, item)
     differs = {
         "task": (guide_config.task, _TASK_OF_GUIDE[sampling.guidance]),
         "process": (guide_config.process.to_dict(), config.process.to_dict()),
@@ -49,7 +44,6 @@ def load_companions(
             raise UserError(
                 f"config.sampling.guide={guide}: its {name} is {held}; needed is {needed}"
             )
-    _, params = served(guide, guide_config, sampling.guide_step or None, item)
     record = companions.record | {"guide_sha256": digest(params)}
     companions = companions._replace(record=record)
     model = make_model(guide_config, guide_spec)
@@ -65,11 +59,13 @@ def x0_error_path(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:
     return checkpoint.folder(workdir) / str(step) / f"x0_error_{item}.json"
 
 
-def load_x0_error(workdir: pathlib.Path, step: int, item: str) -> X0Error:
+def load_x0_error(workdir: pathlib.Path, step: int, item: str, sha256: str) -> X0Error:
     """The statistic that ``--mode=variance`` has stored with a checkpoint.
 
+    ``sha256`` is the hash of the parameters.
+
     Raises:
-      UserError: where none is stored, or the file is damaged.
+      UserError: where none is stored, it is damaged, or it is that of other parameters.
     """
     path = x0_error_path(workdir, step, item)
     try:
@@ -78,7 +74,9 @@ def load_x0_error(workdir: pathlib.Path, step: int, item: str) -> X0Error:
         rises = table.ndim == 2 and table.size > 0 and np.all(np.diff(table[0]) > 0)
         if not (rises and np.all(np.isfinite(table))):
             raise ValueError("no table of finite numbers at rising λ")
-        return X0Error(*table)
+        if stored["sha256"] != digest(table):
+            raise ValueError("changed since it was written")
+        measured = stored["model"]["sha256"]
     except FileNotFoundError as error:
         raise UserError(
             f"config.sampling.variance=optimal: {path} is missing; make it by "
@@ -86,3 +84,6 @@ def load_x0_error(workdir: pathlib.Path, step: int, item: str) -> X0Error:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; make it anew by --mode=variance") from error
+    if measured != sha256:
+        raise UserError(f"{path} is of other parameters; make it anew by --mode=variance")
+    return X0Error(*table)

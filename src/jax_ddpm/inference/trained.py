@@ -21,7 +21,6 @@ from jax_ddpm.generate import Generator
 from jax_ddpm.inference.companions import load_companions
 from jax_ddpm.options import did_you_mean, is_a, words_for
 from jax_ddpm.runs.checkpoint import digest
-from jax_ddpm.runs.identity import load_identity
 from jax_ddpm.runs.served import served
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.tasks.table import make_model, task_of
@@ -107,7 +106,9 @@ def read(
       UserError: where there is no run or no such checkpoint, it is damaged, or this model cannot
         be sampled so.
     """
-    config, spec = load_identity(workdir)
+    item = "params" if raw else "ema"
+    run = served(workdir, step, item)
+    config, spec = run.config, run.spec
     if not task_of(config).draws:
         raise UserError(f"--workdir={workdir} holds a classifier; give a diffusion model's run")
     _override(config, sampling)
@@ -115,10 +116,8 @@ def read(
     if negative is not None:  # samples have one record, whether by its name or its number
         config.sampling.negative_class = negative
     validate_sampling(config)
-    item = "params" if raw else "ema"
-    step, params = served(workdir, config, step, item)
-    companions = load_companions(config, spec, workdir, step, item)
-    return config, spec, step, item, params, companions
+    companions = load_companions(run, workdir, item)
+    return config, spec, run.step, item, run.params, companions
 
 
 def _override(config: ConfigDict, sampling: dict[str, Any]) -> None:

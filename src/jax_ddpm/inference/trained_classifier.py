@@ -13,7 +13,6 @@ from jax_ddpm.data.plan import padded_batches
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.runs.checkpoint import digest
-from jax_ddpm.runs.identity import load_identity
 from jax_ddpm.runs.served import served
 from jax_ddpm.tasks.classification import ImageClassifier
 
@@ -76,10 +75,9 @@ def load_classifier(workdir: str | pathlib.Path) -> TrainedClassifier:
         was trained on.
     """
     workdir = pathlib.Path(workdir)
-    config, spec = load_identity(workdir)
+    config, spec, step, params = served(workdir)
     if config.task != "classification":
         raise UserError(f"--workdir={workdir} holds no classifier; train one with config.task")
-    step, params = served(workdir, config)
     source = factory.make_source(config)
     if source.spec.meaning() != spec.meaning():
         raise UserError(

@@ -77,16 +77,20 @@ def _newest(workdir: pathlib.Path, items: Iterable[str] | None) -> int | None:
 
 
 def choose_step(workdir: pathlib.Path, step: int | None, item: str) -> int:
-    """The step asked for, or that of the newest checkpoint whose ``item`` is whole.
+    """The step asked for, or that of the newest checkpoint whose ``item`` and config are whole.
 
     Raises:
       UserError: where there is no such checkpoint.
     """
     known = steps(workdir)
     if step is None:
-        step = newest(workdir, [item])
+        step = newest(workdir, [item, "config"])
     if step is None or not known:
-        raise UserError(f"--workdir={workdir}: no checkpoint there yet; train on")
+        begun = (workdir / "config.json").exists()
+        reason = (
+            "no checkpoint there yet; train on" if begun else "no run there; train into it first"
+        )
+        raise UserError(f"--workdir={workdir}: {reason}")
     if step not in known:
         raise UserError(
             f"--checkpoint_step={step}: {workdir} has checkpoints at {', '.join(map(str, known))}"
@@ -110,6 +114,20 @@ def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
             stored = handler.metadata(path / item).tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
             return handler.restore(path / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except (Damaged, OSError, ValueError) as error:
+        raise UserError(f"checkpoint {step} in {workdir}: {_one_line(error)}") from error
+
+
+def restore_note(workdir: pathlib.Path, step: int, name: str) -> Any:
+    """JSON that was saved with a checkpoint, such as "config".
+
+    Raises:
+      UserError: where it is damaged.
+    """
+    path = folder(workdir) / str(step)
+    try:
+        verify(path, [name])
+        return json.loads((path / name / "metadata").read_text())
     except (Damaged, OSError, ValueError) as error:
         raise UserError(f"checkpoint {step} in {workdir}: {_one_line(error)}") from error
 
@@ -174,11 +192,16 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def save(
-        self, step: int, items: dict[str, Any], config: ConfigDict, progress: dict[str, Any]
+        self,
+        step: int,
+        items: dict[str, Any],
+        config: ConfigDict,
+        progress: dict[str, Any],
+        **notes: Any,
     ) -> None:
         """Saves in the background, after copying the items, trees of arrays by name, to the host.
 
-        ``progress`` is the rest of what the loop needs, as JSON.
+        ``progress`` is the rest of what the loop needs, ``notes`` what others do, all of it JSON.
 
         Raises:
           UserError: where this or the previous save failed; earlier checkpoints stay as they are.
@@ -189,8 +212,8 @@ class Checkpoints:
         self._delete_superseded()
         self.last = step
         args = {name: ocp.args.StandardSave(item) for name, item in _not_empty(items).items()}
-        args["progress"] = ocp.args.JsonSave(progress | {"step": step})
-        args["config"] = ocp.args.JsonSave(json.loads(config.to_json()))
+        notes |= {"progress": progress | {"step": step}, "config": json.loads(config.to_json())}
+        args |= {name: ocp.args.JsonSave(note) for name, note in notes.items()}
         try:
             self._saver.save(self._folder / str(step), args=ocp.args.Composite(**args))
         except Exception as error:

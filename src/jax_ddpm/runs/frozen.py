@@ -14,7 +14,6 @@ from jax_ddpm.models.network import Frozen
 from jax_ddpm.options import value_of
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import digest
-from jax_ddpm.runs.identity import load_identity
 from jax_ddpm.runs.served import served
 from jax_ddpm.runtime.files import replacing
 from jax_ddpm.tasks.recipe import Recipe
@@ -73,8 +72,7 @@ def _noted(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _read(donor: pathlib.Path, step: int | None) -> Frozen:
-    config, spec = load_identity(donor)
-    step, params = served(donor, config, step)
+    config, spec, step, params = served(donor, step)
     record = {"task": config.task, "checkpoint_step": step, "sha256": digest(params)}
     read = partial(read_frozen, config, workdir=donor)
     return Frozen(params, make_model(config, spec, Companions(read)), record)

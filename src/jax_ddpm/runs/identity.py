@@ -1,10 +1,16 @@
-"""A run's identity: its config and data, noted in the workdir and compared when it resumes."""
+"""A run's identity: its config and data, kept with each checkpoint and noted in the workdir.
 
+A checkpoint's own is hashed with it, so that decides; the files are for people, and for a run that
+has no checkpoint yet.
+"""
+
+import contextlib
 import json
 import math
 import pathlib
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,7 +36,8 @@ def require_same_run(
         _require_none_lost(workdir)
         return
     try:
-        changes = differences(load_identity(workdir), (config, spec))
+        step = checkpoint.choose_step(workdir, None, "config")
+        changes = differences(_held(workdir, step), (config, spec))
     except UserError as error:
         if not accept_changes:
             raise UserError(f"{error}; --accept_changes goes on with this config") from error
@@ -82,31 +89,72 @@ def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None
     with replacing(workdir / "config.json") as path:
         path.write_text(config.to_json(indent=2) + "\n")
     with replacing(workdir / "data.json") as path:
-        path.write_text(json.dumps(_to_json(spec), indent=2) + "\n")
+        path.write_text(json.dumps(to_json(spec), indent=2) + "\n")
 
 
-def load_identity(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
-    """The config that a workdir was trained with and the spec of its data.
+def load_identity(workdir: pathlib.Path, step: int | None = None) -> tuple[ConfigDict, Spec]:
+    """The config that a checkpoint was trained with and the spec of its data.
+
+    They are those that the checkpoint ``step`` holds, by default the newest one; a warning tells
+    where ``config.json`` or ``data.json`` says something else. Without a checkpoint these hold.
 
     Raises:
-      UserError: where the workdir has none, or they cannot be read.
+      UserError: where there is no run, or they cannot be read.
     """
+    step = checkpoint.newest(workdir, ["config"]) if step is None else step
+    if step is None:
+        return _noted(workdir)
+    held = _held(workdir, step)
     try:
+        told = differences(held, _noted(workdir), sampling=True)
+        listed = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in told.items())
+        changed = listed and f"--workdir={workdir}: config.json or data.json was changed: {listed}"
+    except UserError as error:
+        changed = str(error)
+    if changed:
+        warnings.warn(f"{changed}; checkpoint {step} decides", stacklevel=2)
+    return held
+
+
+def _held(workdir: pathlib.Path, step: int) -> tuple[ConfigDict, Spec]:
+    """The identity that was saved with a checkpoint."""
+    where = f"checkpoint {step} in {workdir}"
+    with _reading(workdir):
+        config = restored(checkpoint.restore_note(workdir, step, "config"), where)
+        if not (checkpoint.folder(workdir) / str(step) / "data").exists():
+            return config, _noted_spec(workdir)  # from before checkpoints held it
+        return config, _from_json(checkpoint.restore_note(workdir, step, "data"))
+
+
+def _noted(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
+    with _reading(workdir):
         stored = json.loads((workdir / "config.json").read_text())
-        config = restored(stored, f"--workdir={workdir}: config.json")
-        spec = _from_json(json.loads((workdir / "data.json").read_text()))
+        return restored(stored, f"--workdir={workdir}: config.json"), _noted_spec(workdir)
+
+
+def _noted_spec(workdir: pathlib.Path) -> Spec:
+    with _reading(workdir):
+        return _from_json(json.loads((workdir / "data.json").read_text()))
+
+
+@contextlib.contextmanager
+def _reading(workdir: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError) as error:
         known = checkpoint.steps(workdir)
         reason = f"{error.filename} is missing" if known else "no run there; train into it first"
         raise UserError(f"--workdir={workdir}: {reason}") from error
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--workdir={workdir}: config.json or data.json is damaged, or from another version"
         ) from error
-    return config, spec
 
 
-def _to_json(spec: Spec) -> dict[str, Any]:
+def to_json(spec: Spec) -> dict[str, Any]:
+    """The spec as ``data.json`` and the checkpoints keep it."""
     fields = {name: field._asdict() for name, field in spec.fields.items()}
     return spec._asdict() | {"fields": fields}
 
@@ -126,16 +174,17 @@ def _from_json(stored: dict[str, Any]) -> Spec:
 
 
 def differences(
-    old: tuple[ConfigDict, Spec], new: tuple[ConfigDict, Spec]
+    old: tuple[ConfigDict, Spec], new: tuple[ConfigDict, Spec], sampling: bool = False
 ) -> dict[str, tuple[Any, Any]]:
     """The differences in meaning between two runs: field → (old, new).
 
     The model, process, data, loss and optimiser have meaning; intervals, devices and the place of
     the data have none. The number of steps has meaning only if the learning rate decays towards
-    it.
+    it, and the section ``sampling`` only if asked for.
     """
     modules = {*old[0].modules, *new[0].modules}
     free = {name for name, option in fields(modules).items() if option.free}
+    free -= {name for name in free if sampling and name.startswith("sampling.")}
     if "cosine" in (old[0].training.decay, new[0].training.decay):
         free.remove("training.num_steps")
     before, after = (

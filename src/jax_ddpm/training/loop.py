@@ -18,7 +18,7 @@ from jax_ddpm.generate import Generator
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.frozen import save_frozen
-from jax_ddpm.runs.identity import require_same_run, save_identity
+from jax_ddpm.runs.identity import require_same_run, save_identity, to_json
 from jax_ddpm.runs.workdir import claimed
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first, own_folder, require_agreement
@@ -160,7 +160,8 @@ def _train(
             def save() -> None:
                 with meter.paused():
                     progress = {"unlogged": meter.state(), "position": writer.position}
-                    checkpoints.save(done, to_items(state), config, progress)
+                    data = to_json(source.spec)
+                    checkpoints.save(done, to_items(state), config, progress, data=data)
 
             def due(interval: int) -> bool:
                 return done > 0 and (done % interval == 0 or done == num_steps)

@@ -337,6 +337,25 @@ def test_a_mistake_is_the_same_sentence_as_on_the_command_line(run, workdir, ima
     assert line == in_python(caught.value.flags)
 
 
+@pytest.mark.parametrize("name", ["train", "check", "load", "sample"])
+def test_settings_of_jax_that_results_depend_on_are_refused(run, workdir, tmp_path, name):
+    calls = {
+        "train": lambda: jax_ddpm.train(config(), tmp_path / "run"),
+        "check": lambda: api.check(config(), tmp_path / "run"),
+        "load": lambda: jax_ddpm.load(workdir),
+        "sample": lambda: run.sample(1),
+    }
+    with jax.default_prng_impl("rbg"), pytest.raises(UserError, match="JAX_DEFAULT_PRNG_IMPL=rbg"):
+        calls[name]()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_precision_of_products_is_in_the_record(run):
+    assert run.record["matmul_precision"] is None
+    with jax.default_matmul_precision("highest"):
+        assert run.record["matmul_precision"] == "highest"
+
+
 class TestInPython:
     @pytest.mark.parametrize(
         ("told", "expected"),

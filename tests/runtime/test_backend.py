@@ -10,7 +10,8 @@ import jax
 import jaxlib
 import pytest
 
-from jax_ddpm.runtime.backend import keep_compiled, set_flags
+from jax_ddpm.errors import UserError
+from jax_ddpm.runtime.backend import keep_compiled, require_usual_settings, set_flags
 
 OF_CPU = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 OF_GPU = "--xla_gpu_deterministic_ops=true"
@@ -68,6 +69,34 @@ def test_an_xla_that_may_not_know_the_flag_is_spared_it(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     set_flags()
     assert os.environ["XLA_FLAGS"] == ""
+
+
+AMBIENT = {
+    "jax_enable_x64": (True, lambda: jax.enable_x64(True)),
+    "jax_default_prng_impl": ("rbg", lambda: jax.default_prng_impl("rbg")),
+    "jax_threefry_partitionable": (False, lambda: jax.threefry_partitionable(False)),
+    "jax_numpy_dtype_promotion": ("strict", lambda: jax.numpy_dtype_promotion("strict")),
+    "jax_disable_jit": (True, jax.disable_jit),
+}
+
+
+@pytest.mark.parametrize("name", AMBIENT)
+def test_settings_that_results_depend_on_are_refused(name):
+    require_usual_settings()
+    value, setting = AMBIENT[name]
+    with setting(), pytest.raises(UserError, match=f"^{name.upper()}={value}: ") as caught:
+        require_usual_settings()
+    assert "\n" not in str(caught.value)
+    assert f"jax.config.update({name!r}, " in str(caught.value)
+
+
+def test_an_offset_of_every_seed_is_refused():
+    jax.config.update("jax_random_seed_offset", 1)
+    try:
+        with pytest.raises(UserError, match=r"^JAX_RANDOM_SEED_OFFSET=1: .*must be 0"):
+            require_usual_settings()
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
 
 
 _FAULTS = """

@@ -47,7 +47,7 @@ R = TypeVar("R")
 
 
 def _checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with its arguments checked, and with mistakes that name them as Python does."""
+    """The function with its arguments and JAX's settings checked, and mistakes as Python says."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -62,6 +62,7 @@ def _checked(function: Callable[P, R]) -> Callable[P, R]:
                 given[name] = value
         try:
             require(given)
+            backend.require_usual_settings()
             return function(*bound.args, **bound.kwargs)
         except UserError as error:
             error.args = (in_python(error.flags),)

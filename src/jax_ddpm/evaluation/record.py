@@ -1,6 +1,7 @@
 """Result records: what was measured, of what, how and where; and their comparison."""
 
 import json
+import os
 import pathlib
 import platform
 import shlex
@@ -35,6 +36,7 @@ def provenance(seconds: float) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in _PACKAGES}
         | {"jax-ddpm": __version__},
         "random_numbers": str(jax.random.key_impl(jax.random.key(0))),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "device": f"{jax.device_count()} × {device.device_kind}",
         "processor": _processor(),
     }

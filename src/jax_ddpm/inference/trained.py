@@ -62,7 +62,10 @@ class Trained:
 
     @property
     def model_record(self) -> dict[str, Any]:
-        return self._record | {"random_numbers": str(jax.random.key_impl(jax.random.key(0)))}
+        return self._record | {
+            "random_numbers": str(jax.random.key_impl(jax.random.key(0))),
+            "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+        }
 
     @property
     def record(self) -> dict[str, Any]:

@@ -6,8 +6,20 @@ import os
 import pathlib
 import platform
 
+from jax_ddpm.errors import UserError
+
 _FASTER_ON_CPU = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+# Settings of JAX that decide what is computed, or whether it can be.
+_DECIDING = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_disable_jit": False,
+}
 
 # glibc's mallopt parameters (malloc.h), with their values for "never", "no limit" and "none".
 _M_MMAP_MAX, _NEVER = -4, 0
@@ -36,6 +48,23 @@ def set_flags(deterministic: bool = False) -> None:
     if deterministic and _DETERMINISTIC not in flags:
         flags.append(_DETERMINISTIC)
     os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def require_usual_settings() -> None:
+    """Refuses settings of JAX, from the environment or the caller, that would change results.
+
+    Raises:
+      UserError: naming the first, and what it must be.
+    """
+    import jax
+
+    for name, usual in _DECIDING.items():
+        held = getattr(jax.config, name)
+        if (held := getattr(held, "value", held)) != usual:
+            raise UserError(
+                f"{name.upper()}={held}: results depend on it, so it must be {usual}; unset it, or "
+                f"jax.config.update({name!r}, {usual!r})"
+            )
 
 
 def keep_memory() -> None:

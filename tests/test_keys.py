@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_ddpm.keys import StepKeys, Stream, example_keys, stream_key
+from jax_ddpm.errors import UserError
+from jax_ddpm.keys import StepKeys, Stream, example_keys, seed_key, stream_key
 
 
 def words(keys):
@@ -22,6 +23,13 @@ def seed():
 
 def step_keys(seed, step, index=range(8)):
     return StepKeys(seed, jnp.array(step), jnp.array([*index]), 8)
+
+
+def test_a_seed_is_not_taken_for_its_remainder():
+    assert words(seed_key(2**32 - 1)) != words(seed_key(0))
+    for seed in (-1, 2**32, 2**64):
+        with pytest.raises(UserError, match=rf"^--seed={seed}: it must be in"):
+            seed_key(seed)
 
 
 def test_streams_have_numbers_of_their_own():

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, Shaped
@@ -13,7 +12,7 @@ from jax_ddpm.conditions.condition import NO_REQUEST
 from jax_ddpm.diffusion.denoiser import Conditioning
 from jax_ddpm.diffusion.samplers.scan import Snapshots, sample
 from jax_ddpm.factory import Model
-from jax_ddpm.keys import Stream, example_keys, stream_key
+from jax_ddpm.keys import Stream, example_keys, seed_key, stream_key
 from jax_ddpm.runtime.devices import compile_over, place, round_up, split, whole
 from jax_ddpm.runtime.pipeline import run_ahead
 from jax_ddpm.runtime.stopping import Poll, never
@@ -63,7 +62,7 @@ class Generator:
 
         Batches and ``poll`` are those of ``run_ahead``.
         """
-        model, key = self._model, jax.random.key(seed)
+        model, key = self._model, seed_key(seed)
         denoiser = place(model.guided_denoiser(params), whole(self._mesh))
 
         def launch(start: int) -> Snapshots:

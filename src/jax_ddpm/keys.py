@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int, Shaped
 
+from jax_ddpm.errors import UserError
+
 
 class Stream(enum.IntEnum):
     """The use of a key. Numbers are part of a run's identity: never reuse or renumber them."""
@@ -33,6 +35,17 @@ class Stream(enum.IntEnum):
     PHASE = 15
     NETWORK = 16
     CODEC = 17
+
+
+def seed_key(seed: int) -> Any:
+    """The key of a seed from 0 to 2**32 - 1.
+
+    Raises:
+      UserError: for any other, of which JAX would take the remainder.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed}: it must be in [0, {2**32 - 1}]")
+    return jax.random.key(seed)
 
 
 def stream_key(seed: Any, stream: Stream) -> Any:

@@ -300,6 +300,12 @@ class TestRefusals:
         assert named in self.refuses(model, request, tmp_path / "out.png")
 
 
+def test_in_batches_of_nothing_is_refused(model, files):
+    request = Request("inpaint", pixels(files), mask=~KEPT)
+    with pytest.raises(UserError, match=r"^--sample_batch=-1: it must be at least 1$"):
+        edit_images(model, request, batch_size=-1)
+
+
 def test_arrays_are_edited_like_the_files_that_hold_them(model, files, tmp_path):
     expected = edited(model, tmp_path, request_for(files, "inpaint"))
     found = edit_images(model, Request("inpaint", pixels(files), num_samples=3, mask=~KEPT))

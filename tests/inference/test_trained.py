@@ -11,8 +11,10 @@ import tiny
 
 import jax_ddpm
 from jax_ddpm import factory, images
+from jax_ddpm.api.run import Run
 from jax_ddpm.errors import UserError
 from jax_ddpm.inference.sampling import write_samples
+from jax_ddpm.inference.trained import Trained
 from jax_ddpm.models.network import Network
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import save_identity
@@ -247,6 +249,18 @@ class TestSample:
             UserError, match="label=10: it must be one of this model's classes, 0 to 9"
         ):
             run.sample(4, label=10)
+
+    @pytest.mark.parametrize("seed", [-1, 2**32])
+    def test_of_a_seed_that_is_none_is_refused(self, run, seed):
+        """Also where no argument is checked; JAX itself would take the remainder."""
+        with pytest.raises(UserError, match=rf"seed={seed}: it must be in \[0, 4294967295\]"):
+            Trained.sample(run, 4, seed)
+
+    @pytest.mark.parametrize("size", [-1, 0])
+    def test_in_batches_of_nothing_is_refused(self, run, size):
+        for draw in (Trained.generator, Run.sample):
+            with pytest.raises(UserError, match=f"(sample_batch|batch_size)={size}: .* at least 1"):
+                draw(run, batch_size=size)
 
     def test_of_raw_parameters_differs(self, workdir, run):
         assert np.any(jax_ddpm.load(workdir, raw=True).sample(4) != run.sample(4))

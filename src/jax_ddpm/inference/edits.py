@@ -31,7 +31,7 @@ from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.inference.trained import Trained
-from jax_ddpm.keys import Stream, example_keys, stream_key
+from jax_ddpm.keys import Stream, example_keys, seed_key, stream_key
 from jax_ddpm.options import did_you_mean
 from jax_ddpm.runtime import devices
 from jax_ddpm.runtime.files import replacing
@@ -190,7 +190,7 @@ def _draw(
     mesh = devices.make_mesh()
     whole, split = devices.whole(mesh), devices.split(mesh)
     number = len(rows) * edit.repeats
-    size = devices.round_up(min(max(1, size // edit.each), number), mesh)
+    size = devices.round_up(min(max(min(1, size), size // edit.each), number), mesh)
 
     def run(denoiser, key, given, row, variant):
         def keys(stream):
@@ -204,7 +204,7 @@ def _draw(
     def launch(start: int) -> dict[str, Array]:
         index = np.minimum(np.arange(start, start + size, dtype=np.int32), number - 1)
         row, variant = np.divmod(index, np.int32(edit.repeats))
-        return compiled(denoiser, jax.random.key(seed), rows[row], row, variant)
+        return compiled(denoiser, seed_key(seed), rows[row], row, variant)
 
     batches = [batch for _, batch in run_ahead(launch, range(0, number, size), poll)]
     outputs = jax.tree.map(lambda *parts: np.concatenate(parts)[:number], *batches)

@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from jax_ddpm.errors import UserError
+
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices or these; ``fsdp`` neighbours share each large array of the state."""
@@ -32,7 +34,13 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:
-    """The next multiple of the number of devices."""
+    """The next multiple of the number of devices.
+
+    Raises:
+      UserError: where it is less than 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"--sample_batch={batch_size}: it must be at least 1")
     return -(-batch_size // mesh.size) * mesh.size
 
 

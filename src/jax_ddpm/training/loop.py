@@ -15,6 +15,7 @@ from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.generate import Generator
+from jax_ddpm.keys import seed_key
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.frozen import save_frozen
@@ -120,7 +121,7 @@ def _train(
     model, recipe, state, origin = prepared
     every, batch_size = config.training, config.training.batch_size
     num_steps, num_samples = config.training.num_steps, config.sampling.num_samples
-    task, seed = task_of(config), jax.random.key(config.seed)
+    task, seed = task_of(config), seed_key(config.seed)
 
     def picture(done: int) -> pathlib.Path:
         return own / "samples" / f"step_{done:07}.png"

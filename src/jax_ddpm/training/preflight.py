@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from jax_ddpm import factory
 from jax_ddpm.config.validation import validate
 from jax_ddpm.errors import UserError
+from jax_ddpm.keys import seed_key
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import require_same_run
@@ -147,7 +148,7 @@ class Preflight:
         step_fn = compile_step(
             self.recipe, self.state, self.mesh, self.config.parallel, self.resident
         )
-        seed = jax.random.key(self.config.seed)
+        seed = seed_key(self.config.seed)
         compiled = step_fn.lower(self.state, self.batches, seed).compile()
         memory: Any = compiled.memory_analysis()
         seconds = time.perf_counter() - start

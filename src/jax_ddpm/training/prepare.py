@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jax_ddpm.data.source import Spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Companions
-from jax_ddpm.keys import Stream, numbered_key, stream_key
+from jax_ddpm.keys import Stream, numbered_key, seed_key, stream_key
 from jax_ddpm.models.network import Network
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.frozen import read_frozen
@@ -52,7 +52,7 @@ def prepare(
     read = partial(read_frozen, config, workdir=workdir, accept_changes=accept_changes)
     model = make_model(config, spec, Companions(read))
     recipe = make_recipe(config, model, read)
-    seed = jax.random.key(config.seed)
+    seed = seed_key(config.seed)
     params, origin = initial_parameters(config, recipe.networks, seed, workdir)
     return Prepared(model, recipe, spread(init_state(recipe, params), mesh), origin)
 

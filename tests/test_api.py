@@ -23,6 +23,7 @@ from jax_ddpm.config.reading import read_config
 from jax_ddpm.errors import UserError
 from jax_ddpm.images import load_png
 from jax_ddpm.inference.edits import Request
+from jax_ddpm.options import kind_of
 from jax_ddpm.runtime.stopping import Stopped
 from jax_ddpm.training import loop
 
@@ -335,6 +336,24 @@ def test_a_mistake_is_the_same_sentence_as_on_the_command_line(run, workdir, ima
     told = command.mistake(*(flag for flag in flags if flag != "--workdir="))
     assert line == in_python(told)
     assert line == in_python(caught.value.flags)
+
+
+@pytest.mark.parametrize("flag", [f for f, o in ARGUMENTS.items() if kind_of(o) is int])
+def test_an_endless_number_is_refused(flag):
+    """Seeds and steps are no amounts; the others are never more than the run or the data has."""
+    bounded = {"seed", "checkpoint_step", "progressive", "num_examples", "factor"}
+    if flag not in bounded:
+        with pytest.raises(UserError, match=f"--{flag}=1000000000: it must be in"):
+            arguments.require({python_name(flag): 10**9})
+
+
+@pytest.mark.parametrize(
+    "call", [jax_ddpm.load, lambda path: jax_ddpm.train(config(), path), read_config]
+)
+def test_a_path_that_would_be_cut_off_is_refused(call):
+    with pytest.raises(UserError, match=r"(workdir|config)=a\x00b: ") as caught:
+        call("a\0b")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["train", "check", "load", "sample"])

@@ -84,6 +84,11 @@ def at_least(low: int) -> Where:
     return Where(lambda value: value >= low, f"at least {low}")
 
 
+def at_most(high: int) -> Where:
+    """high or less."""
+    return Where(lambda value: value <= high, f"at most {high}")
+
+
 def between(low: int, high: int) -> Where:
     """From low to high, both included."""
     return Where(lambda value: low <= value <= high, f"in [{low}, {high}]")
@@ -155,8 +160,15 @@ def words_for(kind: Kind) -> str:
 
 
 def is_a(value: Any, kind: Kind) -> bool:
-    """Whether the value is of the kind; True and False are no numbers, an int is a float."""
-    return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+    """Whether the value is of the kind; True and False are no numbers, an int is a float.
+
+    No name or path holds the character 0, at which the system would cut it off.
+    """
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, str | os.PathLike) and "\0" in os.fspath(value):
+        return False
+    return isinstance(value, _KINDS[kind][0])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -231,7 +231,13 @@ FILES = {
     "damaged.json": "{",
     "other.json": '{"no_such_field": 1}',
     "list.json": "[]",
+    "deep.json": "[" * 100_000,
+    "number_of_modules.json": '{"modules": 3}',
     "nothing.py": "def get_config():\n    pass\n",
+    "dict.py": "def get_config():\n    return {}\n",
+    "modules.py": "from ml_collections import ConfigDict\n\ndef get_config():\n"
+    "    return ConfigDict({'modules': 3})\n",
+    "exits.py": "import sys\ndef get_config():\n    sys.exit()\n",
 }
 # What is wrong: flags, and what the message must name.
 WRONG = {
@@ -241,12 +247,16 @@ WRONG = {
     "unknown_mode": ([DIGITS, "--mode=evaluate"], "mode"),
     "negative_seed": ([*SAMPLE, "--seed=-1"], "seed"),
     "no_samples": ([*SAMPLE, "--num_samples=0"], "num_samples"),
+    "endless_samples": ([*SAMPLE, "--num_samples=1000000000"], "--num_samples=1000000000: it must"),
     # config files
     "no_config_file": (["--config=configs/nothing.py"], "configs/nothing.py"),
     "config_with_unknown_field": (["--config={files}/unknown_field.py"], "field.py, line 5"),
     "config_with_wrong_type": (["--config={files}/wrong_type.py"], "type.py, line 5"),
     "config_with_wrong_syntax": (["--config={files}/syntax.py"], "syntax.py, line 1"),
     "config_that_raises": (["--config={files}/raises.py"], "raises.py, line 2: KeyError"),
+    "config_that_returns_a_dict": (["--config={files}/dict.py"], "returns a ConfigDict"),
+    "config_that_exits": (["--config={files}/exits.py"], "exits.py, line 3: SystemExit"),
+    "config_with_a_module_that_is_a_number": (["--config={files}/modules.py"], "list of names"),
     "config_without_function": (["--config={files}/empty.py"], "get_config"),
     # fields
     "unknown_field": ([DIGITS, "--config.model.base_chanels=8"], "base_chanels"),
@@ -256,6 +266,10 @@ WRONG = {
     ),
     "mistyped_value": ([DIGITS, "--config.seed=zero"], "seed"),
     "float_for_an_integer": ([DIGITS, "--config.training.num_steps=1e3"], "num_steps"),
+    "list_given_twice": (
+        [DIGITS, *["--config.model.channel_multipliers=(1,)"] * 2],
+        "--config.model.channel_multipliers: it is given twice",
+    ),
     "bad_value": ([DIGITS, "--config.training.batch_size=0"], "config.training.batch_size"),
     "negative_chain": ([DIGITS, "--config.process.num_timesteps=-5"], "num_timesteps"),
     "groups_do_not_divide": ([DIGITS, "--config.model.num_groups=7"], "config.model.num_groups"),
@@ -352,7 +366,7 @@ WRONG = {
     "config_without_value": (["--config="], "--config: its value is missing"),
     "word_for_a_number": ([*SAMPLE, "--seed=one"], "--seed=one: it must be a whole number"),
     "seed_beyond_32_bits": ([*SAMPLE, "--seed=4294967296"], "--seed=4294967296: it must be in"),
-    "no_batch": ([*SAMPLE, "--sample_batch=0"], "--sample_batch=0: it must be at least 1"),
+    "no_batch": ([*SAMPLE, "--sample_batch=0"], "--sample_batch=0: it must be in [1"),
     "negative_batch": ([*SAMPLE, "--sample_batch=-4"], "--sample_batch=-4: it must be"),
     "no_moments": ([*SAMPLE, "--progressive=0"], "--progressive=0: it must be at least 1"),
     "word_for_a_scale": ([*SAMPLE, "--guidance_scale=big"], "--guidance_scale=big: it must be a n"),
@@ -378,6 +392,11 @@ WRONG = {
     "json_of_another_version": (
         ["--config={files}/other.json"],
         "other.json has no_such_field, which is unknown here: it is from an",
+    ),
+    "json_is_endless": (["--config={files}/deep.json"], "deep.json: damaged"),
+    "json_with_a_number_of_modules": (
+        ["--config={files}/number_of_modules.json"],
+        "config.modules is 3; it must be a list of names",
     ),
     "json_is_no_config": (["--config={files}/list.json"], "list.json: damaged"),
     "config_returns_nothing": (

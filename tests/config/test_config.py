@@ -10,8 +10,10 @@ import tiny
 
 from jax_ddpm import factory
 from jax_ddpm.config import default, rules
+from jax_ddpm.config.fields import fields
 from jax_ddpm.config.validation import validate
 from jax_ddpm.errors import UserError
+from jax_ddpm.options import kind_of
 from jax_ddpm.tasks.table import make_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -51,9 +53,9 @@ def test_configs_are_valid(path, num_devices):
 def test_configs_set_only_fields_that_exist(path):
     config = load(path)
     assert config.to_dict().keys() == default().to_dict().keys()
-    for section, fields in default().to_dict().items():
-        if isinstance(fields, dict):
-            assert config[section].to_dict().keys() == fields.keys()
+    for section, held in default().to_dict().items():
+        if isinstance(held, dict):
+            assert config[section].to_dict().keys() == held.keys()
 
 
 DIGITS = {  # name → samples' classes, chain length (0: none), evaluations
@@ -214,6 +216,38 @@ BAD = [
 def test_bad_value_is_one_line_naming_the_field(field, value):
     message = the_error(validate, 4, **{field.replace(".", "__"): value})
     assert f"config.{field} is {value}" in message.replace("'", "")
+
+
+# What a large number of does no harm: it is only ever the lesser of two, or the work wanted.
+ENDLESS = {
+    *(f"training.{name}" for name in ("num_steps", "warmup_steps", "keep_last", "keep_every")),
+    *(f"training.{name}_every" for name in ("log", "heldout", "sample", "checkpoint")),
+    *("training.heldout_examples", "seed"),
+}
+
+
+@pytest.mark.parametrize(
+    "field", [name for name, option in fields().items() if kind_of(option) is int]
+)
+def test_a_number_that_no_machine_has_memory_for_is_one_line(field):
+    config = {field.replace(".", "__"): 10**9}
+    if field in ENDLESS:
+        validate(tiny.config(**config), 4)
+    else:
+        the_error(validate, 4, **config)
+
+
+@pytest.mark.parametrize(
+    "multipliers", [(1.5,), (1, 10**9), (1,) * 9, (), ("1",), (True,)], ids=str
+)
+def test_levels_that_cannot_be_are_one_line(multipliers):
+    def build(config):
+        validate(config, 4)
+        validate_for_data(config, (64, 64, 3), num_classes=0)
+
+    assert "config.model.channel_multipliers" in the_error(
+        build, model__channel_multipliers=multipliers, model__attention_resolutions=()
+    )
 
 
 def test_several_processes_go_without_pmap(monkeypatch):

@@ -240,7 +240,7 @@ class TestTimes:
 @pytest.mark.parametrize("name", ["num_samples", "batch_size"])
 def test_of_a_trained_model_too_at_least_one_image_is_drawn(name):
     message = the_error(validate_sampling, **{f"sampling__{name}": 0})
-    assert message == f"config.sampling.{name} is 0; it must be positive"
+    assert message == f"config.sampling.{name} is 0; it must be in [1, 1000000]"
 
 
 CONTINUOUS = ["vp_linear", "vp_cosine", "vp_sigmoid", "ve", "edm", "rectified_flow"]

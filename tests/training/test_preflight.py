@@ -246,6 +246,7 @@ class TestFailures:
             ("training__batch_size", 0, "config.training.batch_size is 0"),
             ("process__name", "linaer", "linear"),
             ("parallel", "xmap", "jit, pmap"),
+            ("fsdp", 10**9, "config.fsdp is 1000000000; it must be a divisor of the 4 devices"),
         ],
     )
     def test_settings(self, tmp_path, field, value, named):

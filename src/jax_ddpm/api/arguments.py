@@ -31,11 +31,11 @@ ARGUMENTS = {
     "checkpoint_step": Option("Take the checkpoint of this step; the newest by default.", kind=int),
     "num_samples": Option(
         "Images to sample; to make of each in an edit, there 4; for metrics to be given.",
-        at_least(1),
+        between(1, 10**7),
         100,
     ),
     "sample_batch": Option(
-        "Images at a time; by default as in the run's config.", at_least(1), kind=int
+        "Images at a time; by default as in the run's config.", between(1, 10**6), kind=int
     ),
     "class": Option(
         "Class to sample, by its name or its number; all in turn by default.", kind=NAME_OR_NUMBER
@@ -62,13 +62,13 @@ ARGUMENTS = {
     "strength": Option(
         "For sdedit, interpolate: fraction of the steps taken; 1 keeps least.", default=0.5
     ),
-    "resamplings": Option("RePaint: how often each stretch of steps is taken.", at_least(1), 1),
-    "jump_length": Option("RePaint: steps in a stretch.", at_least(1), 10),
+    "resamplings": Option("RePaint: how often a stretch of steps is taken.", between(1, 1000), 1),
+    "jump_length": Option("RePaint: steps in a stretch.", between(1, 10**6), 10),
     "metrics": Option(
         "What to measure: bpd, nll, coding, fid, kid, is, prdc, memorisation, agreement.",
         kind=list,
     ),
-    "num_seeds": Option("Measure samples of this many seeds, from --seed on.", at_least(1), 1),
+    "num_seeds": Option("Measure samples of so many seeds, from --seed on.", between(1, 10**4), 1),
     "samples": Option(
         "Images to measure: a folder or .npz; by default the model is sampled.",
         kind=pathlib.Path,

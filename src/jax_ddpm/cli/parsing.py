@@ -143,7 +143,9 @@ def _parse(
 
 
 def _require_fields(words: Sequence[str], sections: Mapping[str, ConfigDict]) -> None:
-    """Raises UserError for a field that its section does not have, or that is a section."""
+    """Raises UserError for a field that its section does not have, that is a section, or a list
+    that is given twice, of which absl would make one."""
+    seen = set()
     for word in words:
         found = _OVERRIDE.match(word)
         if not found:
@@ -158,6 +160,9 @@ def _require_fields(words: Sequence[str], sections: Mapping[str, ConfigDict]) ->
                 unknown = ".".join(parts[:depth])
                 raise UserError(f"--{name}: unknown field {unknown!r}{near}")
             known = known[part]
+        if isinstance(known, tuple) and (name, field) in seen:
+            raise UserError(f"--{name}.{field}: it is given twice; give one list, such as (1, 2)")
+        seen.add((name, field))
         if isinstance(known, ConfigDict):
             inner = ".".join([name, *parts, next(iter(known))])
             raise UserError(f"{word}: it is a section; set its fields, such as --{inner}")

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from ml_collections.config_dict import placeholder
 
 from jax_ddpm.config.fields import fields
 from jax_ddpm.errors import UserError
-from jax_ddpm.options import adding, did_you_mean
+from jax_ddpm.options import adding, did_you_mean, is_a
 
 
 def default(*modules: str) -> ConfigDict:
@@ -43,7 +43,7 @@ def restored(stored: dict[str, Any], where: str) -> ConfigDict:
     Raises:
       UserError: where it has a field that is unknown here, or one of its modules cannot be had.
     """
-    config = default(*stored.get("modules", ()))
+    config = default(*modules_of(stored))
     for section, value in stored.items():
         names = [f"{section}.{name}" for name in value] if isinstance(value, dict) else [section]
         for name in names:
@@ -57,6 +57,18 @@ def restored(stored: dict[str, Any], where: str) -> ConfigDict:
                 )
     config.update(stored)
     return config
+
+
+def modules_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The user's modules that a config names.
+
+    Raises:
+      UserError: where they are no names in a list.
+    """
+    modules = config.get("modules", ())
+    if not (is_a(modules, tuple) and all(is_a(name, str) for name in modules)):
+        raise UserError(f"config.modules is {modules!r}; it must be a list of names")
+    return tuple(modules)
 
 
 def import_modules(names: Iterable[str]) -> None:

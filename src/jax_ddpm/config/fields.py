@@ -20,6 +20,8 @@ from jax_ddpm.options import (
     OneOf,
     Option,
     Where,
+    at_most,
+    between,
     finite,
     fraction,
     noise_levels,
@@ -125,7 +127,7 @@ _DATA = {
     "resident_gigabytes": Option(
         "A set up to this size lies on every device as uint8.", not_negative, 1.0, free=True
     ),
-    "shift": Option("Random shifts by up to so many pixels, for classifiers.", default=0),
+    "shift": Option("Random shifts by up to so many pixels, for classifiers.", between(0, 1000), 0),
 }
 _MODEL = {
     "name": Option("The network; '': the task's usual.", default=""),
@@ -165,9 +167,11 @@ _LOSS = {
 }
 _TRAINING = {
     "num_steps": Option("Steps in all.", positive, 800_000, free=True),
-    "batch_size": Option("Images per step, over all devices.", positive, 128),
+    "batch_size": Option("Images per step, over all devices.", between(1, 10**6), 128),
     "accumulate": Option("Micro-batches per step.", positive, 1, free=True),
-    "steps_per_dispatch": Option("Steps in a row without the host.", positive, 1, free=True),
+    "steps_per_dispatch": Option(
+        "Steps in a row without the host.", between(1, 10**4), 1, free=True
+    ),
     "learning_rate": Option("After the warm-up.", positive_and_finite, 2e-4),
     "warmup_steps": Option("Steps of linear warm-up.", not_negative, 5000),
     "decay": Option(
@@ -193,12 +197,12 @@ _TRAINING = {
     ),
 }
 _SAMPLING = {
-    "num_samples": Option("Images of the pictures in training.", positive, 64),
-    "batch_size": Option("Images at a time.", positive, 64),
+    "num_samples": Option("Images of the pictures in training.", between(1, 10**6), 64),
+    "batch_size": Option("Images at a time.", between(1, 10**6), 64),
     "clip": Option("The predicted x_0 to [-1, 1] in every step.", default=True),
     "dynamic_threshold": options.of(ThresholdedDenoiser)["quantile"]._replace(default=0.0),
     "sampler": Option("The method.", default="ancestral"),
-    "num_steps": Option("Steps; 0: all of a chain.", default=0),
+    "num_steps": Option("Steps; 0: all of a chain.", at_most(10**6), 0),
     "grid": Option("How steps are spaced; '': the sampler's usual.", default=""),
     "times": Option("Or these times, falling.", numbers, ()),
     "process": Option(

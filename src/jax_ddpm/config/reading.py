@@ -1,6 +1,5 @@
 """A config from the name of a shipped one, from its file, or from a run."""
 
-import json
 import os
 import pathlib
 import re
@@ -9,9 +8,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jax_ddpm.config.defaults import default, restored
+from jax_ddpm.config.defaults import default, modules_of, restored
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import did_you_mean
+from jax_ddpm.runtime.files import read_json
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -59,7 +59,7 @@ def read_config(given: ConfigDict | Named | str | os.PathLike[str]) -> Named:
 
 def _from_json(path: pathlib.Path) -> ConfigDict:
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         config = restored(stored, f"--config={path}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--config={path}: damaged, or from another version") from error
@@ -71,7 +71,7 @@ def _from_file(path: pathlib.Path) -> ConfigDict:
     try:
         exec(compile(path.read_text(), str(path), "exec"), module)
         config = module["get_config"]() if "get_config" in module else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
@@ -90,7 +90,7 @@ def _from_file(path: pathlib.Path) -> ConfigDict:
 
 
 def _complete(config: ConfigDict, where: str) -> ConfigDict:
-    complete = default(*config.get("modules", ()))
+    complete = default(*modules_of(config))
     try:
         complete.update(config.to_dict())
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jax_ddpm.errors import UserError
-from jax_ddpm.options import Option, Unfit, Where, not_negative
+from jax_ddpm.options import Option, Unfit, Where, between
 
 Batch = dict[str, np.ndarray]
 
@@ -23,7 +23,7 @@ Name = Annotated[
     ),
 ]
 ImageSize = Annotated[
-    int, Option("Resize and crop to a square; 0: as they are.", not_negative, default=0)
+    int, Option("Resize and crop to a square; 0: as they are.", between(0, 2**14), default=0)
 ]
 ClassNames = Annotated[
     tuple[str, ...],

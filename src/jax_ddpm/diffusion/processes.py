@@ -15,7 +15,7 @@ from jax_ddpm.options import (
     Option,
     Table,
     Unfit,
-    at_least,
+    between,
     checked,
     of,
     positive,
@@ -23,7 +23,7 @@ from jax_ddpm.options import (
     taken,
 )
 
-NumTimesteps = Annotated[int, Option("Steps T of a chain.", at_least(2))]
+NumTimesteps = Annotated[int, Option("Steps T of a chain.", between(2, 10**6))]
 BetaStart = Annotated[float, Option("β of the first step, meant for T = 1000: scaled by 1000/T.")]
 BetaEnd = Annotated[float, Option("β of the last step, likewise.")]
 ZeroTerminalSnr = Annotated[bool, Option("The chain is rescaled to end without signal.")]

@@ -16,7 +16,7 @@ import jax
 
 from jax_ddpm import __version__
 from jax_ddpm.errors import UserError
-from jax_ddpm.runtime.files import replacing
+from jax_ddpm.runtime.files import read_json, replacing
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "pillow")
 
@@ -62,7 +62,7 @@ def load_record(path: pathlib.Path) -> dict[str, Any]:
       UserError: where there is none.
     """
     try:
-        record = dict(json.loads(path.read_text("utf-8")))
+        record = dict(read_json(path))
         dict(_fields(record["subject"]))
         for measured in record["measured"].values():
             dict(_fields(measured["protocol"])), _shown(measured["result"])

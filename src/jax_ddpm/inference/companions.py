@@ -1,6 +1,5 @@
 """What sampling needs beside the model itself: a guide, a statistic."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -13,6 +12,7 @@ from jax_ddpm.factory import ALONE, Companions
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.served import Served, served
+from jax_ddpm.runtime.files import read_json
 from jax_ddpm.tasks.classification import NoisyImageClassifier
 from jax_ddpm.tasks.table import make_model
 
@@ -69,7 +69,7 @@ def load_x0_error(workdir: pathlib.Path, step: int, item: str, sha256: str) -> X
     """
     path = x0_error_path(workdir, step, item)
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         table = np.array([stored[name] for name in X0Error._fields], float)
         rises = table.ndim == 2 and table.size > 0 and np.all(np.diff(table[0]) > 0)
         if not (rises and np.all(np.isfinite(table))):

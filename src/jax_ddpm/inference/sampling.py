@@ -15,7 +15,7 @@ from jax_ddpm.conditions.condition import NO_REQUEST
 from jax_ddpm.errors import UserError
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.distributed import from_first, is_first
-from jax_ddpm.runtime.files import replacing
+from jax_ddpm.runtime.files import read_json, replacing
 from jax_ddpm.runtime.stopping import Poll, never
 
 # The number of each wanted batch's first sample → that number and the batch's images.
@@ -172,7 +172,7 @@ def _claim(out: pathlib.Path, num_samples: int, record: dict[str, Any]) -> None:
 
 def _require_same(out: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
     try:
-        held = dict(json.loads(_record(out).read_text()))
+        held = dict(read_json(_record(out)))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--out={out} exists already; remove it, or give another name") from error
     for field, value in record.items():

@@ -8,24 +8,24 @@ from jax_ddpm.options import (
     Option,
     Unfit,
     Where,
-    at_least,
+    between,
     fraction,
     is_a,
     positive,
 )
 
-BaseChannels = Annotated[int, Option("Width of the first level.", at_least(4))]
+BaseChannels = Annotated[int, Option("Width of the first level.", between(4, 2**14))]
 ChannelMultipliers = Annotated[
     tuple[int, ...],
     Option(
         "Width of each level over base_channels; each below the first is half as high and wide.",
         Where(
-            lambda value: len(value) > 0 and all(is_a(m, int) and m > 0 for m in value),
-            "positive whole numbers, one per level",
+            lambda value: len(value) > 0 and all(is_a(m, int) and 0 < m <= 64 for m in value),
+            "whole numbers from 1 to 64, one per level",
         ),
     ),
 ]
-NumResBlocks = Annotated[int, Option("Residual blocks per level.", positive)]
+NumResBlocks = Annotated[int, Option("Residual blocks per level.", between(1, 100))]
 AttentionResolutions = Annotated[
     tuple[int, ...],
     Option(

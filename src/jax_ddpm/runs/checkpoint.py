@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from jax_ddpm.errors import UserError
 from jax_ddpm.runs.manifest import Damaged, sign, verify
 from jax_ddpm.runtime.distributed import from_first, is_first, lost
+from jax_ddpm.runtime.files import read_json
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _DELETED = ".deleted"
@@ -127,7 +128,7 @@ def restore_note(workdir: pathlib.Path, step: int, name: str) -> Any:
     path = folder(workdir) / str(step)
     try:
         verify(path, [name])
-        return json.loads((path / name / "metadata").read_text())
+        return read_json(path / name / "metadata")
     except (Damaged, OSError, ValueError) as error:
         raise UserError(f"checkpoint {step} in {workdir}: {_one_line(error)}") from error
 

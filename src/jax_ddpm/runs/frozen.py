@@ -15,7 +15,7 @@ from jax_ddpm.options import value_of
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runs.served import served
-from jax_ddpm.runtime.files import replacing
+from jax_ddpm.runtime.files import read_json, replacing
 from jax_ddpm.tasks.recipe import Recipe
 from jax_ddpm.tasks.table import make_model
 
@@ -66,7 +66,7 @@ def _noted(workdir: pathlib.Path) -> dict[str, Any]:
     if not checkpoint.steps(workdir) or not (workdir / _NAME).exists():
         return {}
     try:
-        return dict(json.loads((workdir / _NAME).read_text()))
+        return dict(read_json(workdir / _NAME))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--workdir={workdir}: {_NAME} is damaged") from error
 

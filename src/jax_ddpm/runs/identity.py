@@ -20,7 +20,7 @@ from jax_ddpm.config.fields import fields
 from jax_ddpm.data.source import Field, Spec, image_spec
 from jax_ddpm.errors import UserError
 from jax_ddpm.runs import checkpoint
-from jax_ddpm.runtime.files import replacing
+from jax_ddpm.runtime.files import read_json, replacing
 
 
 def require_same_run(
@@ -79,7 +79,7 @@ def _logged(workdir: pathlib.Path) -> int:
 def _interval(workdir: pathlib.Path) -> float:
     """The steps between its checkpoints."""
     try:
-        return json.loads((workdir / "config.json").read_text())["training"]["checkpoint_every"]
+        return read_json(workdir / "config.json")["training"]["checkpoint_every"]
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return math.inf
 
@@ -128,13 +128,13 @@ def _held(workdir: pathlib.Path, step: int) -> tuple[ConfigDict, Spec]:
 
 def _noted(workdir: pathlib.Path) -> tuple[ConfigDict, Spec]:
     with _reading(workdir):
-        stored = json.loads((workdir / "config.json").read_text())
+        stored = read_json(workdir / "config.json")
         return restored(stored, f"--workdir={workdir}: config.json"), _noted_spec(workdir)
 
 
 def _noted_spec(workdir: pathlib.Path) -> Spec:
     with _reading(workdir):
-        return _from_json(json.loads((workdir / "data.json").read_text()))
+        return _from_json(read_json(workdir / "data.json"))
 
 
 @contextlib.contextmanager

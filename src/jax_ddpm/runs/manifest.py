@@ -8,6 +8,8 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from jax_ddpm.runtime.files import read_json
+
 _NAME = "manifest.json"
 
 
@@ -29,7 +31,7 @@ def verify(path: pathlib.Path, items: Iterable[str] | None = None) -> None:
       Damaged: naming the first file that is missing or differs.
     """
     try:
-        manifest = dict(json.loads((path / _NAME).read_text()))
+        manifest = dict(read_json(path / _NAME))
     except (OSError, ValueError, TypeError) as error:
         raise Damaged(f"{_NAME} cannot be read") from error
     held = {name.partition("/")[0] for name in manifest}

@@ -1,9 +1,11 @@
-"""Files that exist whole or not at all."""
+"""Files that exist whole or not at all; JSON from files that may be anything."""
 
 import contextlib
+import json
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from jax_ddpm.runtime.distributed import is_first
 
@@ -23,3 +25,15 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     yield partial
     partial.replace(path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What a file holds as JSON.
+
+    Raises:
+      ValueError: where it is no JSON, or nested too deep.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep") from error

@@ -60,12 +60,13 @@ class Preflight:
 
     def devices(self) -> str:
         """What JAX found."""
-        self.mesh = make_mesh(self.config.fsdp)
+        self.mesh = make_mesh()
         return f"{self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
 
     def settings(self) -> str:
         """No field contradicts another or these devices."""
         validate(self.config, self.mesh.size)
+        self.mesh = make_mesh(self.config.fsdp)
         training = self.config.training
         text = f"{training.num_steps:,} steps of {training.batch_size} images"
         return "; ".join(filter(None, (text, never_warm(self.config))))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float64
 from jax_ddpm.diffusion.process import expand, per_example_normal
 from jax_ddpm.diffusion.samplers.grid import Grid
 from jax_ddpm.diffusion.samplers.scan import Sampler
-from jax_ddpm.options import Option, checked, not_negative, positive_and_finite
+from jax_ddpm.options import Option, between, checked, positive_and_finite
 
 
 class PredictorCorrectorNode(NamedTuple):
@@ -31,7 +31,7 @@ class PredictorCorrectorNode(NamedTuple):
 Snr = Annotated[
     float, Option("How strong a corrector's noise is beside the score.", positive_and_finite)
 ]
-CorrectorSteps = Annotated[int, Option("Langevin steps before each step.", not_negative)]
+CorrectorSteps = Annotated[int, Option("Langevin steps before each step.", between(0, 1000))]
 
 
 @checked

@@ -1,6 +1,7 @@
 import os
 import pathlib
 import re
+import shutil
 import warnings
 
 import numpy as np
@@ -73,19 +74,104 @@ def test_pixels_are_those_of_the_files(flat):
         np.testing.assert_array_equal(everything(source, split), expected)
 
 
-@pytest.mark.parametrize("name", ["test", "val", "heldout"])
-def test_folders_can_be_the_splits(split, name):
+SPLIT_NAMES = ["test", "val", "heldout", "Valid", "validation", "VAL2017", "dev", "eval", "Testing"]
+
+
+@pytest.mark.parametrize("name", [*SPLIT_NAMES, "held-out"])
+@pytest.mark.parametrize("training", ["train", "Training", "train_2017"])
+def test_folders_can_be_the_splits(split, name, training):
     (split / "test").rename(split / name)
+    (split / "train").rename(split / training)
     save(split / "elsewhere.png", 99)
-    source = folder(str(split), 0)
+    with pytest.warns(UserWarning, match=f"splits {training} and {name}: elsewhere.png$"):
+        source = folder(str(split), 0)
     assert source.spec.split_sizes == {"train": 12, "heldout": 6}
+    assert source.spec.class_names == ("a", "b", "c")
     assert sorted(numbers(source, "train")) == list(range(12))
     assert sorted(numbers(source, "heldout")) == list(range(20, 26))
 
 
 def test_validation_images_are_preferred_to_test_images(split):
     save(split / "val" / "a" / "0.png", 77)
-    assert numbers(folder(str(split), 0), "heldout") == [77]
+    with pytest.warns(UserWarning, match=r"left out.*: 6, test/a/deeper/21.png, .*, …$"):
+        assert numbers(folder(str(split), 0), "heldout") == [77]
+
+
+def test_a_part_is_held_out_where_there_is_a_folder_for_training_alone(split):
+    shutil.rmtree(split / "test")
+    source = folder(str(split), 0, 0.25)
+    assert source.spec.split_sizes == {"train": 9, "heldout": 3}
+    for name in ("train", "heldout"):
+        labels = everything(source, name, "label").tolist()
+        assert labels == [number % 3 for number in numbers(source, name)]
+
+
+@pytest.mark.parametrize("name", SPLIT_NAMES)
+@pytest.mark.parametrize("others", [["test_images"], ["cat", "dog"], []])
+def test_splits_are_no_classes(tmp_path, name, others):
+    for number, below in enumerate([name, *others] * 10):
+        save(tmp_path / below / f"{number}.png", number)
+    assert f"{name} by name are splits" in the_error(tmp_path)
+
+
+def test_nor_are_splits_inside_of_a_split(tmp_path):
+    for number in range(20):
+        save(tmp_path / "train" / ("train", "val")[number % 2] / f"{number}.png", number)
+    assert "train and val by name are splits" in the_error(tmp_path)
+
+
+def test_a_class_may_be_called_like_a_split_where_the_splits_are_plain(tmp_path):
+    """Trains are a class of CIFAR-100."""
+    for number in range(20):
+        for below in ("train", "test"):
+            save(tmp_path / below / ("bus", "train")[number % 2] / f"{number}.png", number)
+    assert folder(str(tmp_path), 0).spec.class_names == ("bus", "train")
+
+
+@pytest.mark.parametrize("pair", [("train", "Training"), ("test1", "test2")])
+def test_two_folders_of_one_split(split, pair):
+    for number, name in enumerate(pair):
+        save(split / name / "a" / f"{number}.png", number)
+    if "test1" in pair:
+        shutil.rmtree(split / "test")
+    assert f"{' and '.join(pair)} both stand for" in the_error(split)
+
+
+# The same thing twice
+
+
+def test_a_link_back_adds_nothing(flat):
+    (flat / "latest").symlink_to(".")
+    (flat / "deeper").mkdir()
+    (flat / "deeper" / "up").symlink_to("..")
+    with pytest.warns(UserWarning, match="left out, as links to what counts already: deeper/up, l"):
+        source = folder(str(flat), 0)
+    assert sorted(numbers(source, "train") + numbers(source, "heldout")) == list(range(40))
+
+
+def test_folders_and_files_count_by_their_own_paths_and_not_by_links(split):
+    """It holds wherever the links stand in the order of names."""
+    (split / "train" / "0").symlink_to("a")
+    (split / "train" / "a" / "0.png").symlink_to("../b/01.png")
+    (split / "test" / "a" / "train").symlink_to("../../train")
+    with pytest.warns(UserWarning, match="links"):
+        source = folder(str(split), 0)
+    assert source.spec.class_names == ("a", "b", "c")
+    assert sorted(numbers(source, "train")) == list(range(12))
+    assert sorted(numbers(source, "heldout")) == list(range(20, 26))
+
+
+def test_links_to_elsewhere_are_followed_once(tmp_path):
+    for number in range(20):
+        save(tmp_path / "store" / f"{number}.png", number)
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "0.png").symlink_to(tmp_path / "store" / "0.png")
+    (root / "all").symlink_to(tmp_path / "store")
+    (root / "again").symlink_to(tmp_path / "store")
+    with pytest.warns(UserWarning, match="links to what counts already: 0.png, all$"):
+        source = folder(str(root), 0)
+    assert sorted(numbers(source, "train") + numbers(source, "heldout")) == list(range(20))
 
 
 def test_folders_at_the_first_level_are_the_classes(split):
@@ -128,7 +214,14 @@ def test_order_is_by_path_not_by_file_system(tmp_path, monkeypatch):
     by_path = [number for _, number in sorted((name, i) for i, name in enumerate(names))]
     assert numbers(folder(str(tmp_path), 0), "train") == by_path
     walk = os.walk
-    monkeypatch.setattr(os, "walk", lambda *args, **kwargs: reversed(list(walk(*args, **kwargs))))
+
+    def backwards(*args, **kwargs):
+        for parent, folders, files in walk(*args, **kwargs):
+            folders.reverse()
+            files.reverse()
+            yield parent, folders, files
+
+    monkeypatch.setattr(os, "walk", backwards)
     assert numbers(folder(str(tmp_path), 0), "train") == by_path
 
 
@@ -139,8 +232,23 @@ def test_hidden_and_other_files_are_passed_over_and_case_is_not_minded(flat):
         save(flat / name, 50)
     (flat / "labels.csv").write_text("00.png,3")
     (flat / "no_suffix").write_bytes((flat / "00.png").read_bytes())
-    source = folder(str(flat), 0)
+    with pytest.warns(UserWarning, match=r"by their names: labels\.csv, no_suffix; images end"):
+        source = folder(str(flat), 0)
     assert sorted(numbers(source, "train") + numbers(source, "heldout")) == list(range(42))
+
+
+@pytest.mark.parametrize("suffix", ["ppm", "PNM"])
+def test_portable_pixmaps_are_images(flat, suffix):
+    (flat / "00.png").unlink()
+    Image.fromarray(pixels(0)).save(flat / f"00.{suffix}")
+    source = folder(str(flat), 0)
+    assert sorted(numbers(source, "train") + numbers(source, "heldout")) == list(range(40))
+
+
+def test_what_is_no_file_is_not_opened(flat):
+    os.mkfifo(flat / "99.png")
+    with pytest.warns(UserWarning, match=r"1 of 41 images cannot be opened: 99.png \(no file\)"):
+        folder(str(flat), 0)
 
 
 def test_images_of_all_sizes_are_brought_to_one(tmp_path):
@@ -268,6 +376,7 @@ def test_too_few_images(tmp_path, count):
 
 
 def test_empty_split_folders(split):
+    shutil.move(split / "test", split.with_name(f"{split.name}_test"))
     (split / "val").mkdir()
     assert "heldout" in the_error(split)
 

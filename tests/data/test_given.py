@@ -21,18 +21,26 @@ def numbers(images):
 
 @pytest.fixture
 def nested(tmp_path):
-    """Images of many kinds, whose numbers follow the order of their paths, and what is none."""
+    """Images of many kinds, whose numbers follow the order of their paths, and hidden ones."""
     names = ["B.PNG", "a/b/3.png", "a/c.tif", "b.jpg", "b/0.bmp", "c.gif"]
     for number, name in reversed([*enumerate(names)]):
         save(tmp_path / name, 10 * number)
     for name in (".hidden.png", ".hidden/50.png", "a/.hidden/51.png"):
         save(tmp_path / name, 255)
-    (tmp_path / "notes.txt").write_text("no picture")
     return tmp_path
 
 
 def test_which_files_count_and_in_what_order(nested):
     assert numbers(given_images(nested)) == [0, 10, 20, 30, 40, 50]
+
+
+def test_what_is_left_out_is_said(nested):
+    (nested / "a" / "notes.txt").write_text("no picture")
+    (nested / "latest").symlink_to(".")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert numbers(given_images(nested)) == [0, 10, 20, 30, 40, 50]
+    lines = sorted(str(warning.message) for warning in caught)
+    assert [line.split(": ")[2].split(";")[0] for line in lines] == ["latest", "a/notes.txt"]
 
 
 def test_are_those_that_are_trained_on(nested):

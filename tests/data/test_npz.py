@@ -64,6 +64,16 @@ def test_without_test_images_a_random_part_is_held_out(save, fraction, split_siz
         np.testing.assert_array_equal(everything(second, split, "label"), part)
 
 
+def test_what_is_left_out_is_said(save):
+    path = save(
+        train_images=images(20, 4, 4), val_images=images(5, 4, 4), train_label=np.arange(20)
+    )
+    with pytest.warns(
+        UserWarning, match="left out: train_label, val_images; arrays that count are"
+    ):
+        assert npz(path, 0.1).spec.split_sizes == {"train": 18, "heldout": 2}
+
+
 def test_identity_follows_the_content(save):
     identities = [npz(save(train_images=images(20, 4, 4, seed=i))).spec.identity for i in (0, 1, 0)]
     assert identities[0] == identities[2] != identities[1]

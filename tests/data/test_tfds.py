@@ -124,7 +124,8 @@ def test_gray_images_of_many_sizes_are_brought_to_one(prepare):
 
 def test_validation_images_are_preferred_to_test_images(prepare):
     path = prepare(sizes={"train": 20, "test": 7, "validation": 3})
-    heldout = everything(tfds(NAME, path, 0), "heldout")
+    with pytest.warns(UserWarning, match="left out: test$"):
+        heldout = everything(tfds(NAME, path, 0), "heldout")
     expected = [pixels("validation", number) for number in range(3)]
     np.testing.assert_array_equal(in_order(heldout["image"]), in_order(expected))
 

@@ -251,7 +251,6 @@ class TestFileSet:
         folder = tmp_path / "folder"
         for i in (3, 0, 4, 1, 2):
             save_png(folder / f"{i:06}.png", colours(i))
-        (folder / "notes.txt").write_text("no picture")
         return folder
 
     @pytest.mark.parametrize("channels", [1, 3])

@@ -10,6 +10,20 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+# Of Pillow's formats, those of pictures that Pillow reads by itself: no other is tried, whatever a
+# file is called. (It hands EPS to another program.)
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+MAX_PIXELS = 2**27  # of one image; a file of some kilobytes can claim to be far larger
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit is set on purpose too
+
 _ORIENTATION, _TRANSPOSED = 0x0112, range(5, 9)  # EXIF
 _GRAY = ("1", "L", "I;16")  # Pillow's modes
 
@@ -21,7 +35,7 @@ class UnreadableError(Exception):
 def decode(
     content: bytes, image_size: int, channels: int
 ) -> UInt8[np.ndarray, "height width channels"]:
-    """The pixels of a file's content, in any format that Pillow knows.
+    """The pixels of a file's content, in any of ``FORMATS``.
 
     The EXIF orientation is applied and transparency is laid on white. Then the largest centred
     square is resized to ``image_size`` by an antialiased Lanczos filter; 0 keeps images as they
@@ -72,7 +86,11 @@ def file_info(path: str, image_size: int) -> FileInfo:
 @contextlib.contextmanager
 def _opened(file: str | io.BytesIO) -> Iterator[Image.Image]:
     try:
-        with Image.open(file) as image:
+        if isinstance(file, str) and not os.path.isfile(file):
+            raise ValueError("no file")
+        with Image.open(file, formats=tuple(FORMATS)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels, above {MAX_PIXELS:,}")
             if image.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {image.mode}, not of 8 or 16 bits")
             yield image

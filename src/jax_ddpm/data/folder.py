@@ -3,24 +3,24 @@
 import hashlib
 import pathlib
 import warnings
+from collections.abc import Sequence
 
 from jax_ddpm.data.decode import FileInfo
-from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe
+from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe, shortened
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small, too_many
 from jax_ddpm.data.source import ImageSize, Path, Source, image_spec, random_split
+from jax_ddpm.data.splits import is_split_name, splits_among
 from jax_ddpm.errors import UserError
-
-# Validation comes before test: test images wait for the end, and may lack labels, as ImageNet's.
-_HELDOUT = ("heldout", "val", "test")
 
 
 def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1) -> Source:
     """Colour images, cropped and resized to ``image_size``; 0: all have one size already.
 
-    The folders ``train`` and ``heldout``, ``val`` or ``test`` (the first there is) in ``path`` are
-    the splits; without them a random ``heldout_fraction`` of the files is held out, always the
-    same. If all images of a split lie in folders, two or more at its first level, those are the
-    classes, in the order of their names. ``data.image_files`` says which files count.
+    The folders of ``path`` that are called ``train`` and ``val`` or the like (``data.splits``) are
+    the splits, and nothing beside them counts. Where none is held out, a random
+    ``heldout_fraction`` of the files is, always the same. If all images of a split lie in folders,
+    two or more at its first level, those are the classes, in the order of their names.
+    ``data.image_files`` says which files count.
 
     Raises:
       UserError: naming the folder or file and what is wrong with it.
@@ -28,15 +28,27 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
     root = pathlib.Path(path)
     if not root.is_dir():
         raise UserError(f"data.path: no folder {path!r}; give the path of a folder of images")
-    heldout = next((name for name in _HELDOUT if (root / name).is_dir()), None)
-    if heldout and (root / "train").is_dir():
-        splits = {"train": list_images(root, "train"), "heldout": list_images(root, heldout)}
-        names, labels = _classes(splits["train"], splits["heldout"], root, level=1)
+    files = list_images(root)
+    folders = _split_folders(root, files)
+    if folders:
+        inside = {split: _below(folder, files) for split, folder in folders.items()}
+        beside = sorted({*files}.difference(*inside.values()))
+        if beside:
+            warnings.warn(
+                f"{root}: left out, as in none of the splits {' and '.join(folders.values())}: "
+                f"{shortened(beside)}",
+                stacklevel=2,
+            )
     else:
-        files = list_images(root)
-        chosen = random_split(len(files), heldout_fraction)
-        splits = {split: [files[i] for i in indices] for split, indices in chosen.items()}
-        names, labels = _classes(files, [], root, level=0)
+        inside = {"train": files}
+    names, labels = _classes(root, 1 if folders else 0, **inside)
+    if "heldout" in inside:
+        splits = inside
+    else:
+        splits = {
+            split: [inside["train"][i] for i in indices]
+            for split, indices in random_split(len(inside["train"]), heldout_fraction).items()
+        }
 
     infos = _openable(root, [file for files in splits.values() for file in files], image_size)
     splits = {split: [file for file in files if file in infos] for split, files in splits.items()}
@@ -68,8 +80,34 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
     return keep_if_small(LazySource(read, spec, image_size))
 
 
+def _split_folders(root: pathlib.Path, files: list[str]) -> dict[str, str]:
+    """The folders of the splits; none where all images are of one set.
+
+    Raises:
+      UserError: where it is not plain whether folders are splits or classes.
+    """
+    folders = [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
+    splits = splits_among(folders, str(root))
+    if "heldout" in splits and "train" in splits:
+        return splits
+    with_images = {file.split("/")[0] for file in files if "/" in file}
+    named = sorted(name for name in with_images if is_split_name(name))
+    others = sorted(with_images.difference(named))
+    if named and (others or "train" not in splits):
+        beside = f"beside {shortened(others)}" if others else "but none is for training"
+        raise UserError(
+            f"{root}: {' and '.join(named)} by name are splits of a data set, {beside}; put the "
+            "training images into a folder 'train' of their own, or rename what is a class"
+        )
+    return splits if named else {}
+
+
+def _below(folder: str, files: list[str]) -> list[str]:
+    return [file for file in files if file.startswith(f"{folder}/")]
+
+
 def _classes(
-    train: list[str], heldout: list[str], root: pathlib.Path, level: int
+    root: pathlib.Path, level: int, train: list[str], heldout: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """The classes' names and each file's class; nothing if folders at ``level`` do not tell."""
 
@@ -80,6 +118,11 @@ def _classes(
     names = tuple(sorted({name(file) for file in train}))
     if len(names) < 2 or "" in names:
         return (), {}
+    if all(map(is_split_name, names)):
+        raise UserError(
+            f"{root}: {' and '.join(names)} by name are splits of a data set, not classes; give "
+            "their own folder by data.path"
+        )
     number = {name: i for i, name in enumerate(names)}
     for file in heldout:
         if name(file) not in number:
@@ -94,8 +137,9 @@ def _openable(root: pathlib.Path, files: list[str], image_size: int) -> dict[str
     infos, unreadable = probe(root, files, image_size)
     if unreadable:
         named = [f"{file} ({error})" for file, error in unreadable.items()]
-        shown = ", ".join(named[:5]) + (", …" if len(named) > 5 else "")
-        message = f"{root}: {len(named)} of {len(files)} images cannot be opened: {shown}"
+        message = (
+            f"{root}: {len(named)} of {len(files)} images cannot be opened: {shortened(named)}"
+        )
         if too_many(len(named), len(files)):
             raise UserError(f"{message}; replace or remove them")
         warnings.warn(f"{message}; going on without", stacklevel=3)

@@ -8,13 +8,14 @@ ones as gray; they refuse several sizes, or a file that cannot be read.
 
 import os
 import pathlib
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from jax_ddpm.data.decode import FileInfo, UnreadableError, file_info
+from jax_ddpm.data.decode import FORMATS, FileInfo, UnreadableError, file_info
 from jax_ddpm.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 _OPENED_AT_ONCE = 256  # by one thread: a future for each file costs too much
 
 
@@ -25,11 +26,12 @@ class Probed(NamedTuple):
     unreadable: dict[str, UnreadableError]
 
 
-def list_images(root: pathlib.Path, below: str = "") -> list[str]:
-    """Paths relative to ``root`` of the images in its folder ``below``, however deeply nested.
+def list_images(root: pathlib.Path) -> list[str]:
+    """Paths relative to ``root`` of the images in it, however deeply nested.
 
-    They have forward slashes and are sorted, whatever the file system's order. Hidden files and
-    folders, and files of other suffixes than ``SUFFIXES``, are passed over.
+    They have forward slashes and are sorted, whatever the file system's order. Links are followed,
+    but a file counts once, by its own path if that is below ``root``. Hidden files and folders are
+    passed over; a warning names whatever else is left out.
 
     Raises:
       UserError: naming a folder that cannot be listed.
@@ -38,16 +40,56 @@ def list_images(root: pathlib.Path, below: str = "") -> list[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); permit it")
 
-    images = []
-    for parent, folders, files in os.walk(root / below, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = pathlib.Path(parent).relative_to(root)
-        images += [
-            (relative / name).as_posix()
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+    images, others, again = [], [], []
+    seen: set[str] = set()  # real paths of files and folders
+
+    def is_new(path: str, real: str) -> bool:
+        if real in seen:
+            again.append(path)
+            return False
+        seen.add(real)
+        return True
+
+    def take(path: str, real: str) -> None:
+        if not path.lower().endswith(SUFFIXES):
+            others.append(path)
+        elif is_new(path, real):
+            images.append(path)
+
+    links = [""]  # followed when all is known that needs none
+    for link in links:
+        if not os.path.isdir(root / link):
+            take(link, os.path.realpath(root / link))
+            continue
+        for parent, folders, files in os.walk(root / link, onerror=refuse):
+            relative, real = pathlib.Path(parent).relative_to(root), os.path.realpath(parent)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if not is_new(relative.as_posix(), real):
+                folders.clear()
+                continue
+            for name in [*folders, *sorted(name for name in files if not name.startswith("."))]:
+                path = (relative / name).as_posix()
+                if os.path.islink(root / path):
+                    links.append(path)
+                elif name not in folders:
+                    take(path, os.path.join(real, name))
+    if others:
+        warnings.warn(
+            f"{root}: left out, as no images by their names: {shortened(others)}; images end in "
+            f"{' '.join(SUFFIXES)}",
+            stacklevel=3,
+        )
+    if again:
+        warnings.warn(
+            f"{root}: left out, as links to what counts already: {shortened(again)}", stacklevel=3
+        )
     return sorted(images)
+
+
+def shortened(names: list[str]) -> str:
+    """The first five in their order, after their number where there are more."""
+    names = sorted(names)
+    return ", ".join(names) if len(names) <= 5 else f"{len(names)}, {', '.join(names[:5])}, …"
 
 
 def probe(root: pathlib.Path, files: list[str], image_size: int = 0) -> Probed:

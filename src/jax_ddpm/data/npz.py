@@ -2,20 +2,25 @@
 
 import hashlib
 import pathlib
+import warnings
 import zipfile
 import zlib
 
 import numpy as np
 
+from jax_ddpm.data.image_files import shortened
 from jax_ddpm.data.source import ArraySource, Batch, ClassNames, Path, check_pair, hold_out
 from jax_ddpm.errors import UserError
+
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def npz(path: Path, heldout_fraction: float = 0.1, class_names: ClassNames = ()) -> ArraySource:
     """Images ``train_images`` uint8 ``[n, h, w]`` or ``[n, h, w, c]``, optionally ``train_labels``.
 
     ``test_images`` (and ``test_labels``) become the held-out split; without them a random
-    ``heldout_fraction`` of the training images does, always the same.
+    ``heldout_fraction`` of the training images does, always the same. A warning names any other
+    array, which is left out.
 
     Raises:
       UserError: naming the file and what is missing or misshapen in it.
@@ -33,6 +38,11 @@ def npz(path: Path, heldout_fraction: float = 0.1, class_names: ClassNames = ())
     if "train_images" not in arrays:
         found = ", ".join(arrays) or "nothing"
         raise UserError(f"{path}: holds {found}; it needs an array 'train_images'")
+    if others := sorted(arrays.keys() - {*_ARRAYS}):
+        warnings.warn(
+            f"{path}: left out: {shortened(others)}; arrays that count are {', '.join(_ARRAYS)}",
+            stacklevel=2,
+        )
     train = _split(path, arrays, "train")
     if "test_images" in arrays:
         splits = {"train": train, "heldout": _split(path, arrays, "test")}

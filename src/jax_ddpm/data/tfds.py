@@ -1,15 +1,16 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow."""
 
 import difflib
+import warnings
 from typing import Any
 
 import numpy as np
 
+from jax_ddpm.data.image_files import shortened
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small
 from jax_ddpm.data.source import ImageSize, Name, Path, Source, image_spec, random_split
+from jax_ddpm.data.splits import splits_among
 from jax_ddpm.errors import UserError
-
-_HELDOUT = ("validation", "test")  # in this order: ImageNet's test images have no labels
 
 
 def tfds(
@@ -20,7 +21,8 @@ def tfds(
     ``name`` may have a config and a version (``imagenet_resized/64x64:0.1.0``); ``path`` is TFDS's
     ``data_dir``, with TFDS's own default. Nothing is ever downloaded. Images are cropped and
     resized to ``image_size``; 0: they have one size already. The split ``validation``, or else
-    ``test``, or else a random ``heldout_fraction`` of ``train``, is held out.
+    ``test`` or the like (``data.splits``), or else a random ``heldout_fraction`` of ``train``, is
+    held out. A warning names any other split.
 
     Raises:
       UserError: naming the set, what is wrong with it, and the command that prepares it.
@@ -28,17 +30,19 @@ def tfds(
     builder = _prepared_builder(name, path)
     info = builder.info
     sizes = {split: info.splits[split].num_examples for split in info.splits}
-    if "train" not in sizes:
+    stored = splits_among(sizes, f"data.name: {name!r}")
+    if "train" not in stored:
         raise UserError(f"data.name: {name!r} has no split 'train', only {', '.join(sizes)}")
-    heldout = next((split for split in _HELDOUT if split in sizes), None)
-    if heldout:
-        rows = {"train": np.arange(sizes["train"]), "heldout": np.arange(sizes[heldout])}
+    if others := sizes.keys() - stored.values():
+        warnings.warn(f"data.name: {name!r}: left out: {shortened([*others])}", stacklevel=2)
+    if "heldout" in stored:
+        rows = {split: np.arange(sizes[stored[split]]) for split in stored}
     else:
-        rows = random_split(sizes["train"], heldout_fraction)
+        rows = random_split(sizes[stored["train"]], heldout_fraction)
+        stored["heldout"] = stored["train"]
     if not all(map(len, rows.values())):
         raise UserError(f"data.name: {name!r} has too few images to hold some out")
     shape, names = _features(name, info, image_size)
-    stored = {"train": "train", "heldout": heldout or "train"}
     records = {split: _records(name, builder, stored[split]) for split in rows}
     split_sizes = {split: len(chosen) for split, chosen in rows.items()}
     parts = "/".join(f"{stored[split]}-{size}" for split, size in split_sizes.items())

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import pathlib
 import re
@@ -60,7 +61,9 @@ def split(tmp_path):
 def test_a_random_tenth_is_held_out(flat):
     first, second = folder(str(flat), 0), folder(str(flat), 0)
     sizes = {"train": 36, "heldout": 4}
-    assert first.spec == image_spec((4, 6, 3), 256, 0, sizes, first.spec.identity)
+    assert first.spec._replace(formerly="") == image_spec(
+        (4, 6, 3), 256, 0, sizes, first.spec.identity
+    )
     assert sorted(numbers(first, "train") + numbers(first, "heldout")) == list(range(40))
     assert np.ptp(numbers(first, "heldout")) > 4
     for name in ("train", "heldout"):
@@ -123,8 +126,9 @@ def test_nor_are_splits_inside_of_a_split(tmp_path):
 def test_a_class_may_be_called_like_a_split_where_the_splits_are_plain(tmp_path):
     """Trains are a class of CIFAR-100."""
     for number in range(20):
-        for below in ("train", "test"):
-            save(tmp_path / below / ("bus", "train")[number % 2] / f"{number}.png", number)
+        for below, first in (("train", 0), ("test", 100)):
+            name = f"{('bus', 'train')[number % 2]}/{number}.png"
+            save(tmp_path / below / name, first + number)
     assert folder(str(tmp_path), 0).spec.class_names == ("bus", "train")
 
 
@@ -210,7 +214,7 @@ def test_order_is_by_path_not_by_file_system(tmp_path, monkeypatch):
     names = ["b/1.png", "a/2.png", "a.png", "a/b/3.png", "B.png"]
     for number, name in enumerate(names):
         save(tmp_path / "train" / name, number)
-        save(tmp_path / "test" / name, number)
+        save(tmp_path / "test" / name, 100 + number)
     by_path = [number for _, number in sorted((name, i) for i, name in enumerate(names))]
     assert numbers(folder(str(tmp_path), 0), "train") == by_path
     walk = os.walk
@@ -273,6 +277,37 @@ def test_identity_follows_files_and_size(flat):
     assert folder(str(moved), 0).spec.identity == identities[-1]
 
 
+def test_identity_follows_what_is_in_the_files(tmp_path):
+    """A BMP has as many bytes whatever it shows."""
+    for number in range(20):
+        save(tmp_path / f"{number}.bmp", number)
+    first = folder(str(tmp_path), 0).spec
+    save(tmp_path / "7.bmp", 99)
+    second = folder(str(tmp_path), 0).spec
+    assert first.identity != second.identity
+    assert first.formerly == second.formerly
+    save(tmp_path / "7.bmp", 7)
+    assert folder(str(tmp_path), 0).spec == first
+
+
+def test_runs_of_before_know_the_data_by_names_and_sizes(flat):
+    spec = folder(str(flat), 0).spec
+    listing = "".join(f"{file.name}\0{file.stat().st_size}\0" for file in sorted(flat.iterdir()))
+    digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    noted = spec._replace(identity=f"folder/40-files/sha256-{digest}/image-size-0", formerly="")
+    with pytest.warns(UserWarning, match="whether the contents were the same cannot be known$"):
+        assert spec.as_noted(noted).meaning() == noted.meaning()
+    (flat / "00.png").rename(flat / "0.png")
+    other = folder(str(flat), 0).spec
+    assert other.as_noted(noted) == other
+
+
+def test_held_out_images_that_are_trained_on_are_named(split):
+    shutil.copy(split / "train" / "a" / "00.png", split / "test" / "c" / "x.png")
+    with pytest.warns(UserWarning, match="of 7 held-out images .* has copies: test/c/x.png$"):
+        folder(str(split), 0)
+
+
 # What is damaged
 
 
@@ -324,7 +359,7 @@ def test_a_damaged_image_is_named_once(split, memory):
 def test_neighbours_that_are_damaged_have_one_stand_in(tmp_path, memory):
     for number in range(40):
         save(tmp_path / "train" / f"{number:02d}.png", number)
-        save(tmp_path / "test" / f"{number:02d}.png", number)
+        save(tmp_path / "test" / f"{number:02d}.png", 100 + number)
     for number in (5, 6, 7):
         damage(tmp_path / "train" / f"{number:02d}.png")
     source = folder(str(tmp_path), 8)

@@ -1,6 +1,7 @@
 """A real set, written and read back by TensorFlow Datasets without TensorFlow."""
 
 import io
+import shutil
 import subprocess
 import sys
 
@@ -91,7 +92,8 @@ def test_images_and_labels_are_exact(prepare, name):
     source = tfds(name, path, 0)
     sizes = {"train": 20, "heldout": 7}
     names = ("0", "1", "2", "3", "4")
-    assert source.spec == image_spec(SHAPE, 256, 5, sizes, source.spec.identity, names)
+    spec = image_spec(SHAPE, 256, 5, sizes, source.spec.identity, names)
+    assert source.spec._replace(formerly="") == spec
     for split, stored in (("train", "train"), ("heldout", "test")):
         batch = everything(source, split)
         count = len(batch["image"])
@@ -159,6 +161,17 @@ def test_identity_names_version_splits_and_size(prepare, tmp_path):
     assert all(part in identities[0] for part in (NAME, "1.2.0", "train-20", "test-7"))
     moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}_moved"))
     assert tfds(NAME, str(moved), 0).spec.identity == identities[0]
+
+
+def test_identity_follows_the_content(prepare, tmp_path, monkeypatch):
+    path, original = prepare(), pixels
+    first = tfds(NAME, path, 0).spec
+    assert tfds(NAME, path, 0).spec == first
+    shutil.rmtree(tmp_path / NAME)
+    monkeypatch.setitem(globals(), "pixels", lambda *args: 255 - original(*args))
+    second = tfds(NAME, prepare(), 0).spec
+    assert first.identity != second.identity
+    assert first.formerly == second.formerly == f"tfds/{NAME}/1.2.0/train-20/test-7/image-size-0"
 
 
 def the_error(name, path, image_size=0, use=lambda source: None):

@@ -127,6 +127,13 @@ class TestKeeping:
         save_identity(tmp_path, tiny.config(), spec)
         assert load_identity(tmp_path)[1] == spec
 
+    def test_of_before_contents_were_told_is_compared_by_names_and_sizes(self, tmp_path):
+        spec = tiny.spec()._replace(identity="by contents", formerly="by sizes")
+        old, other = spec._replace(identity="by sizes", formerly=""), spec._replace(formerly="")
+        with pytest.warns(UserWarning, match="contents were the same cannot be known"):
+            assert not differences((tiny.config(), old), (tiny.config(), spec))
+        assert differences((tiny.config(), old), (tiny.config(), other))
+
     @pytest.mark.parametrize("num_classes", [0, 3])
     def test_data_noted_before_it_had_fields_is_read(self, tmp_path, num_classes):
         save_identity(tmp_path, tiny.config(), tiny.spec())

@@ -440,7 +440,7 @@ def _source(
         settings.data.path = os.fspath(data_path)
     validate(settings, num_devices=1)
     source = make_source(settings)
-    if spec and spec.meaning() != source.spec.meaning():
+    if spec and spec.meaning() != source.spec.as_noted(spec).meaning():
         raise UserError(
             f"the run was trained on {spec.identity}, but its data is {source.spec.identity} now; "
             "give the place of the former by --data_path"

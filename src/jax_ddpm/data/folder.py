@@ -3,8 +3,9 @@
 import hashlib
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from jax_ddpm.data.contents import file_hashes
 from jax_ddpm.data.decode import FileInfo
 from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe, shortened
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small, too_many
@@ -57,13 +58,18 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
             raise UserError(
                 f"{path}: too few images for a {split} split; add more ({' '.join(SUFFIXES)})"
             )
+    contents = file_hashes(root, [*infos])
+    _warn_of_copies(root, contents, **splits)
+    num_bytes = {file: info.num_bytes for file, info in infos.items()}
+    described = f"{len(infos)}-files"
     size = one_size(root, infos, "set data.image_size to bring all to one size")
     spec = image_spec(
         image_shape=(*size, 3),
         num_levels=256,
         num_classes=len(names),
         split_sizes={split: len(files) for split, files in splits.items()},
-        identity=_identity(infos, image_size),
+        identity=f"folder/{described}/contents-{_digest(contents)}/image-size-{image_size}",
+        formerly=f"folder/{described}/sha256-{_digest(num_bytes)}/image-size-{image_size}",
         class_names=names,
     )
 
@@ -146,7 +152,19 @@ def _openable(root: pathlib.Path, files: list[str], image_size: int) -> dict[str
     return infos
 
 
-def _identity(infos: dict[str, FileInfo], image_size: int) -> str:
-    listing = "".join(f"{file}\0{infos[file].num_bytes}\0" for file in sorted(infos))
-    digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return f"folder/{len(infos)}-files/sha256-{digest}/image-size-{image_size}"
+def _warn_of_copies(
+    root: pathlib.Path, contents: dict[str, str], train: list[str], heldout: list[str]
+) -> None:
+    trained_on = {contents[file] for file in train}
+    if copies := [file for file in heldout if contents[file] in trained_on]:
+        warnings.warn(
+            f"{root}: of {len(heldout)} held-out images the training split has copies: "
+            f"{shortened(copies)}",
+            stacklevel=3,
+        )
+
+
+def _digest(told: Mapping[str, object]) -> str:
+    """Of files, what is told of each."""
+    listing = "".join(f"{file}\0{told[file]}\0" for file in sorted(told))
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -9,14 +9,13 @@ ones as gray; they refuse several sizes, or a file that cannot be read.
 import os
 import pathlib
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from jax_ddpm.data.decode import FORMATS, FileInfo, UnreadableError, file_info
+from jax_ddpm.data.threads import over_files
 from jax_ddpm.errors import UserError
 
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-_OPENED_AT_ONCE = 256  # by one thread: a future for each file costs too much
 
 
 class Probed(NamedTuple):
@@ -101,10 +100,7 @@ def probe(root: pathlib.Path, files: list[str], image_size: int = 0) -> Probed:
         except UnreadableError as error:
             return error
 
-    chunks = [files[i : i + _OPENED_AT_ONCE] for i in range(0, len(files), _OPENED_AT_ONCE)]
-    with ThreadPoolExecutor() as pool:
-        opened = pool.map(lambda chunk: [(file, open_one(file)) for file in chunk], chunks)
-        found = dict(pair for pairs in opened for pair in pairs)
+    found = over_files(open_one, files)
     return Probed(
         {file: result for file, result in found.items() if isinstance(result, FileInfo)},
         {file: result for file, result in found.items() if isinstance(result, UnreadableError)},

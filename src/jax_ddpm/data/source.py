@@ -1,6 +1,7 @@
 """The source contract: indices → batch of arrays, and a spec."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -58,12 +59,15 @@ class Field(NamedTuple):
 class Spec(NamedTuple):
     """What a source holds: ``image``, ``label`` where there are classes, and any other arrays.
 
-    ``identity`` names data and split in records.
+    Attributes:
+      identity: names the data in records; it tells any other data apart.
+      formerly: what earlier versions called the same data, by names and sizes alone.
     """
 
     fields: dict[str, Field]
     split_sizes: dict[str, int]
     identity: str
+    formerly: str = ""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -93,6 +97,17 @@ class Spec(NamedTuple):
         fields = self.fields.values()
         return sum(math.prod(field.shape) * np.dtype(field.dtype).itemsize for field in fields)
 
+    def as_noted(self, earlier: "Spec") -> "Spec":
+        """Itself, by the name that ``earlier`` has for it if that is from an earlier version."""
+        if not self.formerly or earlier.identity != self.formerly:
+            return self
+        warnings.warn(
+            f"the data is {earlier.identity} as noted before, by names and sizes; whether the "
+            "contents were the same cannot be known",
+            stacklevel=2,
+        )
+        return self._replace(identity=earlier.identity)
+
     def meaning(self) -> dict[str, Any]:
         """What must agree for two sources to hold the same data, as JSON.
 
@@ -114,12 +129,13 @@ def image_spec(
     split_sizes: dict[str, int],
     identity: str,
     class_names: tuple[str, ...] = (),
+    formerly: str = "",
 ) -> Spec:
     """The spec of uint8 images and, unless ``num_classes`` is 0, of int32 labels."""
     fields = {"image": Field(tuple(image_shape), "uint8", num_levels)}
     if num_classes:
         fields["label"] = Field((), "int32", num_classes, class_names)
-    return Spec(fields, split_sizes, identity)
+    return Spec(fields, split_sizes, identity, formerly)
 
 
 @runtime_checkable

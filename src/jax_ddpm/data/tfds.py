@@ -1,11 +1,14 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow."""
 
 import difflib
+import hashlib
+import pathlib
 import warnings
 from typing import Any
 
 import numpy as np
 
+from jax_ddpm.data.contents import file_hashes
 from jax_ddpm.data.image_files import shortened
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small
 from jax_ddpm.data.source import ImageSize, Name, Path, Source, image_spec, random_split
@@ -46,12 +49,14 @@ def tfds(
     records = {split: _records(name, builder, stored[split]) for split in rows}
     split_sizes = {split: len(chosen) for split, chosen in rows.items()}
     parts = "/".join(f"{stored[split]}-{size}" for split, size in split_sizes.items())
+    named = f"tfds/{info.full_name}/{parts}"
     spec = image_spec(
         image_shape=shape,
         num_levels=256,
         num_classes=len(names),
         split_sizes=split_sizes,
-        identity=f"tfds/{info.full_name}/{parts}/image-size-{image_size}",
+        identity=f"{named}/contents-{_contents(builder, stored)}/image-size-{image_size}",
+        formerly=f"{named}/image-size-{image_size}",
         class_names=names,
     )
 
@@ -130,6 +135,15 @@ def _features(
         raise UserError(f"data.name: {name!r} has images of many sizes; set data.image_size")
     names = label.names if isinstance(label, features.ClassLabel) and label.num_classes else ()
     return (height, width, channels), tuple(names)
+
+
+def _contents(builder: Any, stored: dict[str, str]) -> str:
+    """A digest of the files of these splits."""
+    files = sorted(
+        {file for split in stored.values() for file in builder.info.splits[split].filenames}
+    )
+    hashes = file_hashes(pathlib.Path(builder.data_dir), files)
+    return hashlib.sha256("".join(hashes.values()).encode()).hexdigest()[:16]
 
 
 def _records(name: str, builder: Any, split: str) -> Any:

@@ -79,7 +79,7 @@ def load_classifier(workdir: str | pathlib.Path) -> TrainedClassifier:
     if config.task != "classification":
         raise UserError(f"--workdir={workdir} holds no classifier; train one with config.task")
     source = factory.make_source(config)
-    if source.spec.meaning() != spec.meaning():
+    if source.spec.as_noted(spec).meaning() != spec.meaning():
         raise UserError(
             f"--workdir={workdir}: its classifier is for {spec.identity}, but its config.data now "
             f"gives {source.spec.identity}; bring back the data it was trained on"

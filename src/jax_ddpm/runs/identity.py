@@ -188,7 +188,8 @@ def differences(
     if "cosine" in (old[0].training.decay, new[0].training.decay):
         free.remove("training.num_steps")
     before, after = (
-        _flat(config.to_dict() | {"data set": spec.meaning()}) for config, spec in (old, new)
+        _flat(config.to_dict() | {"data set": spec.as_noted(old[1]).meaning()})
+        for config, spec in (old, new)
     )
     return {
         field: (before.get(field), after.get(field))

@@ -1,6 +1,5 @@
 """Sets of images: which image is which, and that the cache never gives another's."""
 
-import hashlib
 import io
 import pathlib
 import zlib
@@ -244,6 +243,12 @@ WRONG = {
 }
 
 
+def in_order(images):
+    """The images as rows, in an order of their own."""
+    rows = images.reshape(len(images), -1)
+    return rows[np.lexsort(rows.T)]
+
+
 class TestFileSet:
     @pytest.fixture
     def folder(self, tmp_path):
@@ -254,13 +259,13 @@ class TestFileSet:
         return folder
 
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_folder_is_read_in_the_order_of_names(self, tmp_path, channels):
+    def test_folder_has_every_image_once(self, tmp_path, channels):
         images = np.random.default_rng(0).integers(0, 256, (12, 4, 6, channels), dtype=np.uint8)
-        for i, image in reversed([*enumerate(images)]):
+        for i, image in enumerate(images):
             save_png(tmp_path / f"{i:06}.png", image)
         found = file_set(tmp_path)
         assert (found.count, found.shape(), found.labels) == (12, (4, 6, channels), None)
-        np.testing.assert_array_equal(everything(found), images)
+        np.testing.assert_array_equal(in_order(everything(found)), in_order(images))
 
     @pytest.mark.parametrize("name", ["images", "arr_0", "samples"])
     def test_npz(self, tmp_path, name):
@@ -268,12 +273,50 @@ class TestFileSet:
         np.savez(tmp_path / "file.npz", **{name: images})
         found = file_set(tmp_path / "file.npz")
         assert found.labels is None
-        np.testing.assert_array_equal(everything(found), images)
+        np.testing.assert_array_equal(in_order(everything(found)), in_order(images))
 
     def test_npz_with_labels(self, tmp_path):
-        images, labels = np.zeros((3, 4, 4, 1), np.uint8), np.array([2, 0, 1], np.int32)
-        np.savez(tmp_path / "file.npz", images=images, labels=labels)
-        np.testing.assert_array_equal(file_set(tmp_path / "file.npz").labels, labels)
+        """Each stays with its image, also where one image has two."""
+        labels = np.array([2, 0, 1, 7, 8, 9], np.int32)
+        images = np.zeros((6, 4, 4, 1), np.uint8)
+        images[:3, 0, 0, 0] = labels[:3]
+        parts = []
+        for order in ([0, 1, 2, 3, 4, 5], [4, 0, 5, 3, 1, 2]):
+            np.savez(tmp_path / "file.npz", images=images[order], labels=labels[order])
+            found = file_set(tmp_path / "file.npz")
+            pixels = everything(found)[:, 0, 0, 0]
+            assert sorted(found.labels) == sorted(labels)
+            np.testing.assert_array_equal(pixels, np.where(found.labels < 3, found.labels, 0))
+            parts.append(found.labels)
+        np.testing.assert_array_equal(*parts)
+
+    @pytest.mark.parametrize("kind", ["folder", "npz"])
+    def test_names_and_places_of_images_change_nothing(self, tmp_path, kind):
+        """Sorted by brightness as they are, the first hundred are no part of it to measure."""
+        brightness = np.arange(200, dtype=np.uint8).reshape(-1, 1, 1, 1)
+        images = np.broadcast_to(brightness, (200, 2, 2, 1))
+        found, straight = [], np.arange(200)
+        for order in (straight, straight[::-1], np.random.default_rng(0).permutation(200)):
+            path = tmp_path / f"set{len(found)}"
+            if kind == "npz":
+                np.savez(path := path.with_suffix(".npz"), images=images[order])
+            else:
+                for i, image in enumerate(images[order]):
+                    save_png(path / f"{i:03}.png", image)
+            found.append(file_set(path))
+        for other in found[1:]:
+            np.testing.assert_array_equal(everything(other), everything(found[0]))
+            assert kind == "npz" or other.identity == found[0].identity
+        means = [part.mean() for part in np.split(everything(found[0]), 4)]
+        np.testing.assert_allclose(means, brightness.mean(), atol=4 * 57.7 / np.sqrt(50))
+        assert found[0].identity["order"] == "shuffled by contents"
+
+    def test_copies_are_spread_like_other_images(self, tmp_path):
+        images = np.zeros((400, 2, 2, 1), np.uint8)
+        images[:200, 0, 0, 0] = np.arange(200) + 1
+        np.savez(tmp_path / "file.npz", images=images)
+        copies = everything(file_set(tmp_path / "file.npz")).reshape(4, 100, -1).max(-1) == 0
+        np.testing.assert_allclose(copies.mean(axis=1), 0.5, atol=0.2)
 
     def test_transparency_is_laid_on_white(self, tmp_path):
         pixels = np.zeros((4, 6, 4), np.uint8)
@@ -286,20 +329,14 @@ class TestFileSet:
         save_png(tmp_path / "elsewhere" / "000002.png", colours(7))
         assert file_set(tmp_path / "elsewhere").identity != first
 
-    def test_identity_is_that_of_records_of_before(self, folder, tmp_path):
-        """Nothing that was measured may be taken for other images."""
-        files = [(folder / f"{i:06}.png").read_bytes() for i in range(5)]
-        digest = hashlib.sha256(b"".join(hashlib.sha256(file).digest() for file in files))
-        assert file_set(folder).identity == {"files_sha256": digest.hexdigest()}
-        path = tmp_path / "file.npz"
-        np.savez(path, images=IMAGES)
-        digest = hashlib.sha256(path.read_bytes())
-        assert file_set(path).identity == {"file_sha256": digest.hexdigest()}
-
-    def test_the_order_belongs_to_the_identity(self, folder):
-        first = file_set(folder).identity
-        (folder / "000000.png").rename(folder / "000009.png")
-        assert file_set(folder).identity != first
+    def test_identity_tells_every_content_apart(self, folder, tmp_path):
+        path, identities = tmp_path / "file.npz", [file_set(folder).identity]
+        (folder / "000003.png").unlink()
+        identities.append(file_set(folder).identity)
+        for images in (IMAGES, IMAGES + 1):
+            np.savez(path, images=images)
+            identities.append(file_set(path).identity)
+        assert len({str(identity) for identity in identities}) == 4
 
     @pytest.mark.parametrize("first", ["gray", "colour"])
     def test_colour_is_never_lost(self, folder, first):
@@ -307,9 +344,9 @@ class TestFileSet:
         gray = np.full((4, 6), 77, np.uint8)
         name = "000000.png" if first == "gray" else "000004.png"
         (folder / name).write_bytes(png(gray))
-        found = everything(file_set(folder))
+        found = in_order(everything(file_set(folder))).tolist()
         for i in range(1, 4):
-            np.testing.assert_array_equal(found[i], colours(i))
+            assert colours(i).ravel().tolist() in found
 
     @staticmethod
     def refuses(path):

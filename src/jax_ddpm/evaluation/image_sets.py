@@ -3,6 +3,7 @@
 All are uint8 in 0…255, whatever the levels of their data, rounded by the one function.
 """
 
+import collections
 import dataclasses
 import hashlib
 import pathlib
@@ -14,12 +15,15 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jax_ddpm.codecs.pixels import PICTURES, pixels
+from jax_ddpm.data.contents import file_hashes
 from jax_ddpm.data.given import given_arrays, given_folder
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
 from jax_ddpm.evaluation.result_cache import Arrays, ResultCache
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.stopping import Poll, never
+
+_ORDER = "shuffled by contents"  # of images in files, in records
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,20 +101,42 @@ def split_set(source: Source, split: str) -> ImageSet:
 
 
 def file_set(path: pathlib.Path) -> ImageSet:
-    """The images of a folder of files, in the order of their paths, or of an ``.npz``.
+    """The images of a folder of files or of an ``.npz``, shuffled.
+
+    Their contents alone decide the order, so that neither parts of the set nor its first images
+    depend on names, or on who wrote them in which order.
 
     Raises:
       UserError: naming a file that is missing, cannot be read, or has another size.
     """
-    if not path.is_dir():
-        images, labels = given_arrays(path)
-        identity = {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        return ImageSet(identity, len(images), images.__getitem__, labels)
-    folder = given_folder(path)
-    digest = hashlib.sha256()
-    for file in folder.files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return ImageSet({"files_sha256": digest.hexdigest()}, len(folder.files), folder.read)
+    if path.is_dir():
+        folder = given_folder(path)
+        hashes = file_hashes(path, [file.relative_to(path).as_posix() for file in folder.files])
+        digests = [bytes.fromhex(digest) for digest in hashes.values()]
+        order = _shuffled(digests)
+        together = hashlib.sha256(b"".join(digests[i] for i in order)).hexdigest()
+        identity = {"files_sha256": together, "order": _ORDER}
+        return ImageSet(identity, len(order), lambda index: folder.read(order[index]))
+    images, labels = given_arrays(path)
+    told = [None] * len(images) if labels is None else labels.tolist()
+    digests = [
+        hashlib.sha256(image.tobytes() + repr(label).encode()).digest()
+        for image, label in zip(images, told, strict=True)
+    ]
+    order = _shuffled(digests)
+    identity = {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "order": _ORDER}
+    labels = None if labels is None else labels[order]
+    return ImageSet(identity, len(images), lambda index: images[order[index]], labels)
+
+
+def _shuffled(digests: list[bytes]) -> Int[np.ndarray, " n"]:
+    """An order as good as random; copies are spread over it like other images."""
+    seen: collections.Counter[bytes] = collections.Counter()
+    ranks = []
+    for digest in digests:
+        seen[digest] += 1
+        ranks.append(hashlib.sha256(digest + str(seen[digest]).encode()).digest())
+    return np.array(sorted(range(len(ranks)), key=ranks.__getitem__))
 
 
 def noised(images: ImageSet, std: int) -> ImageSet:

@@ -1,10 +1,12 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jax_ddpm.data.decode import UnreadableError, decode, file_info
+from jax_ddpm.data.decode import UnreadableError, decode, decode_mask, file_info
 
 RNG = np.random.default_rng(0)
 
@@ -134,6 +136,77 @@ def test_sixteen_bits_are_scaled_not_clipped():
 def test_colours_of_a_print_are_converted():
     image = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), 4, 3)
     assert np.abs(image.astype(int) - [255, 0, 0]).max() < 5
+
+
+WHITE = np.array([[True, False, False], [False, True, True]])
+LEVELS = np.uint8(WHITE)
+
+
+def palette_of(*colours):
+    image = Image.frombytes("P", LEVELS.shape[::-1], LEVELS.tobytes())
+    image.putpalette([level for colour in colours for level in colour])
+    return image
+
+
+def in_channels(*channels, mode):
+    return Image.merge(mode, [Image.fromarray(np.uint8(channel)) for channel in channels])
+
+
+BLACK = np.zeros_like(LEVELS)
+CLEAR = 255 * LEVELS
+MASKS = {
+    "gray": 255 * LEVELS,
+    "0_and_1": LEVELS,
+    "sixteen_bits": np.uint16(LEVELS) * 65535,
+    "sixteen_bits_0_and_1": np.uint16(LEVELS),
+    "one_bit": Image.fromarray(WHITE),
+    "palette": palette_of((0, 0, 0), (0, 128, 0)),
+    "red_on_black": in_channels(255 * LEVELS, BLACK, BLACK, mode="RGB"),
+    "blue_on_black": in_channels(BLACK, BLACK, 255 * LEVELS, mode="RGB"),
+    "white_on_transparent": in_channels(*[BLACK + 255] * 3, CLEAR, mode="RGBA"),
+    "gray_on_transparent": in_channels(BLACK + 99, CLEAR, mode="LA"),
+    "edges": np.where(WHITE, 200, 90).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_the_white_of_a_mask_is_what_is_seen_so(mask):
+    np.testing.assert_array_equal(decode_mask(encoded(mask)), WHITE)
+
+
+def test_a_mask_may_be_lossy():
+    white = np.kron(WHITE, np.ones((16, 16), bool))
+    content = encoded(np.uint8(white) * 255, "JPEG", quality=30)
+    np.testing.assert_array_equal(decode_mask(content), white)
+
+
+def test_nothing_is_white_in_black():
+    assert not decode_mask(encoded(BLACK)).any()
+    assert decode_mask(encoded(BLACK + 1)).all()
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def sixteen_bit_png(pixels, transparent):
+    """A PNG of uint16 ``[h, w, c]`` with one transparent colour, which Pillow does not write."""
+    height, width, channels = pixels.shape
+    kind = {1: 0, 3: 2}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    clear = struct.pack(f">{channels}H", *transparent)
+    chunks = {b"IHDR": header, b"tRNS": clear, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in chunks.items())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_colour_of_sixteen_bits_is_laid_on_white(channels):
+    pixels = np.zeros((2, 2, channels), np.uint16)
+    pixels[0, 0], pixels[0, 1], pixels[1, 0] = 0x80FF, 0x4000, 0xFFFF
+    image = decode(sixteen_bit_png(pixels, [0x80FF] * channels), 0, channels)
+    assert np.ptp(image, axis=-1).max() == 0
+    np.testing.assert_array_equal(image[..., 0], [[255, 64], [255, 0]])
 
 
 PNG = encoded(RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from jax_ddpm.data.folder import folder
-from jax_ddpm.data.given import given_folder, given_images
+from jax_ddpm.data.given import given_files, given_images
 from jax_ddpm.errors import UserError
 
 
@@ -62,7 +62,14 @@ def test_are_gray_where_all_files_are(tmp_path, colour):
 
 
 def test_are_read_by_number(nested):
-    assert numbers(given_folder(nested).read(np.array([4, 0, 4]))) == [40, 0, 40]
+    assert numbers(given_files(nested).read(np.array([4, 0, 4]))) == [40, 0, 40]
+
+
+def test_one_file_is_a_set_too(nested):
+    assert numbers(given_images(nested / "a" / "c.tif")) == [20]
+    assert numbers(given_images(nested / "b.jpg")) == [30]
+    with pytest.raises(UserError, match=r"no\.png: cannot be read"):
+        given_images(nested / "no.png")
 
 
 @pytest.mark.parametrize("content", [b"no picture", None], ids=["text", "truncated"])
@@ -76,4 +83,4 @@ def test_none_is_left_out(nested, content):
 def test_are_of_one_size(nested):
     Image.new("RGB", (5, 4)).save(nested / "z.png")
     with pytest.raises(UserError, match=r"B\.PNG has 6×4 .* z\.png has 5×4; give images of one"):
-        given_folder(nested)
+        given_files(nested)

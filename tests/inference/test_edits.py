@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from jax_ddpm import factory, images
 from jax_ddpm.api.arguments import ARGUMENTS
@@ -62,6 +63,10 @@ def files(tmp_path_factory):
     np.savez(folder / "three.npz", images=pixels[:3])
     images.save_png(folder / "mask.png", np.where(KEPT, 0, 255).astype(np.uint8)[..., None])
     images.save_png(folder / "large.png", np.zeros((5, 6, 1), np.uint8))
+    images.save_png(folder / "black.png", np.zeros((4, 4, 1), np.uint8))
+    Image.new("L", (4, 4), 255).save(folder / "white.jpg")
+    images.save_png(folder / "one.png", pixels[1])
+    images.save_png(folder / "ones.png", np.where(KEPT, 0, 1).astype(np.uint8)[..., None])
     (folder / "broken.png").write_bytes(b"no image")
     return folder
 
@@ -100,6 +105,19 @@ class TestWhatIsMade:
         assert np.mean(found["images"][:, :, ~KEPT] == given[:, None, ~KEPT]) < 0.1
         np.testing.assert_array_equal(found["given"][:, KEPT], given[:, KEPT])
         assert np.all(found["given"][:, ~KEPT] == 128), "gray"
+
+    def test_a_mask_may_hold_0_and_1_and_one_image_be_edited(self, model, files, tmp_path):
+        found = edited(model, tmp_path, request_for(files, "inpaint", "one.png", "ones.png"))
+        usual = edited(model, tmp_path, request_for(files, "inpaint"))
+        np.testing.assert_array_equal(found["given"], usual["given"][1:2])
+        np.testing.assert_array_equal(found["images"][:, :, KEPT], usual["images"][1:2, :, KEPT])
+
+    def test_gray_models_take_grays_in_colour(self, make, files, tmp_path):
+        gray = make((4, 4, 1))
+        shown = pixels(files, "gray.npz")
+        np.savez(tmp_path / "same.npz", images=shown.repeat(3, axis=-1))
+        found = edited(gray, tmp_path, Request("sdedit", tmp_path / "same.npz", num_samples=1))
+        np.testing.assert_array_equal(found["given"], shown)
 
     @pytest.mark.parametrize(
         ("edit", "axes"), [("colourise", 4), ("superres", (2, 4))], ids=["colourise", "superres"]
@@ -242,6 +260,8 @@ class TestRefusals:
             ("inpaint", {"mask": "nothing.png"}, "nothing.png: cannot be read"),
             ("inpaint", {"mask": "broken.png"}, "broken.png: cannot be read"),
             ("inpaint", {"mask": "large.png"}, "large.png: 6×5 pixels; the model makes 4×4"),
+            ("inpaint", {"mask": "black.png"}, "black.png: it makes nothing of the images anew"),
+            ("inpaint", {"mask": "white.jpg"}, "white.jpg: it makes all of the images anew"),
             ("inpaint", {"resamplings": 2, "jump_length": 8}, "jump_length is 8; .* 1 to 7"),
             ("superres", {"factor": 3}, "--factor=3: .* divide 4 and 4"),
             ("superres", {"factor": 1}, "--factor=1: it must be 2 or more"),
@@ -293,6 +313,8 @@ class TestRefusals:
         [
             (np.zeros((4, 4)), "--mask: an array must be of True and False"),
             (np.zeros((5, 6), bool), "--mask=array: 6×5 pixels; the model makes 4×4"),
+            (np.zeros((4, 4), bool), "--mask=array: it makes nothing of the images anew"),
+            (np.ones((4, 4), bool), "--mask=array: it makes all of the images anew"),
         ],
     )
     def test_of_arrays_that_are_no_masks(self, model, files, tmp_path, mask, named):

@@ -52,10 +52,10 @@ ARGUMENTS = {
         default="inpaint",
     ),
     "images": Option(
-        "Images to edit: a folder of them or an .npz, of the model's size.", kind=pathlib.Path
+        "Images to edit: one, a folder of them or an .npz, of the model's size.", kind=pathlib.Path
     ),
     "mask": Option(
-        "For inpaint: a PNG, white where images are made anew and black where kept.",
+        "For inpaint: an image, white where images are made anew and black where kept.",
         kind=pathlib.Path,
     ),
     "factor": Option("For superres: pixels along a block that is known.", default=2),

@@ -192,7 +192,7 @@ class Run(Trained):
         Args:
           images: a folder of images, an ``.npz``, or uint8 ``[n, height, width, channels]``.
           edit: "inpaint", "colourise", "superres", "sdedit", "interpolate" or "encode".
-          mask: for "inpaint", a PNG, white where images are made anew, or an array, True there.
+          mask: for "inpaint", an image, white where images are made anew, or an array, True there.
           settings: ``num_samples``, ``factor``, ``strength``, ``jump_length`` and ``resamplings``
             of ``inference.edits.Request``; ``label`` and what else the model is told.
         """

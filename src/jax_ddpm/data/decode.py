@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageOps
 
 # Of Pillow's formats, those of pictures that Pillow reads by itself: no other is tried, whatever a
@@ -25,6 +25,7 @@ MAX_PIXELS = 2**27  # of one image; a file of some kilobytes can claim to be far
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit is set on purpose too
 
 _ORIENTATION, _TRANSPOSED = 0x0112, range(5, 9)  # EXIF
+_WHITE = 65535  # in 16 bits
 _GRAY = ("1", "L", "I;16")  # Pillow's modes
 
 
@@ -55,6 +56,20 @@ def decode(
         if image_size:
             image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
         return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def decode_mask(content: bytes) -> Bool[np.ndarray, "height width"]:
+    """True where a mask is white, whatever the format; raises like ``decode``.
+
+    White is at least half of what the brightest channel of any pixel reaches, so that masks of 0
+    and 1, or of red on black, are what they seem to be. Transparency is black.
+    """
+    with _opened(io.BytesIO(content)) as image:
+        image = ImageOps.exif_transpose(image)
+        brightest = np.asarray(image).max() if image.mode.startswith("I;16") else _WHITE
+        pixels = np.asarray(_eight_bits(image, max(brightest, 1)).convert("RGBA"))
+        brightness = np.where(pixels[..., 3] < 128, 0, pixels[..., :3].max(axis=-1))
+        return brightness >= max(1, brightness.max() / 2)
 
 
 class FileInfo(NamedTuple):
@@ -93,14 +108,28 @@ def _opened(file: str | io.BytesIO) -> Iterator[Image.Image]:
                 raise ValueError(f"{image.width}×{image.height} pixels, above {MAX_PIXELS:,}")
             if image.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {image.mode}, not of 8 or 16 bits")
+            if image.mode == "RGB" and ";16" in str(image.tile) and "transparency" in image.info:
+                # The transparent colour is one of 16 bits, of which Pillow reads the upper eight.
+                clear = image.info["transparency"]
+                image.info["transparency"] = tuple(level >> 8 for level in clear)
             yield image
     except Exception as error:  # Pillow's plugins raise anything on damaged bytes
         raise UnreadableError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def _eight_bits(image: Image.Image, white: int = _WHITE) -> Image.Image:
+    if not image.mode.startswith("I;16"):
+        return image
+    levels = np.asarray(image)  # Pillow's own conversion clips at 255
+    gray = Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = levels != image.info["transparency"]
+        gray.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+    return gray
+
+
 def _opaque(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    image = _eight_bits(image)
     if not image.has_transparency_data:
         return image
     white = Image.new("RGBA", image.size, "white")

@@ -1,4 +1,4 @@
-"""Images that a user gives to be measured or edited: a folder of files, or an ``.npz``."""
+"""Images that a user gives to be measured or edited: a file, a folder of them, or an ``.npz``."""
 
 import pathlib
 from typing import NamedTuple
@@ -13,15 +13,22 @@ from jax_ddpm.errors import UserError
 _REMEDY = "replace or remove it"
 
 
-class GivenFolder(NamedTuple):
-    """The images of a folder in the order of their paths, decoded on request."""
+class GivenFiles(NamedTuple):
+    """Images in files, decoded on request.
 
-    files: list[pathlib.Path]
+    Attributes:
+      root: the folder of the files.
+      names: paths relative to it, in their order.
+      channels: 1 if all files are gray, else 3.
+    """
+
+    root: pathlib.Path
+    names: list[str]
     channels: int
 
     def read(self, index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w c"]:
         """The images of these numbers; raises UserError naming a damaged file."""
-        return np.stack([self._load(self.files[i]) for i in index])
+        return np.stack([self._load(self.root / self.names[i]) for i in index])
 
     def _load(self, file: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
         try:
@@ -37,22 +44,27 @@ class GivenArrays(NamedTuple):
     labels: Int[np.ndarray, " n"] | None
 
 
-def given_folder(root: pathlib.Path) -> GivenFolder:
-    """The images by the rule of ``data.image_files``: gray if all files are gray, else colour.
+def given_files(path: pathlib.Path) -> GivenFiles:
+    """An image, or those of a folder by the rule of ``data.image_files``.
 
     Raises:
       UserError: where there are none, they differ in size, or one cannot be opened.
     """
-    files = list_images(root)
-    if not files:
+    root, names = (path, list_images(path)) if path.is_dir() else (path.parent, [path.name])
+    if not names:
         raise UserError(f"{root}: no images there ({' '.join(SUFFIXES)})")
-    infos, unreadable = probe(root, files)
-    for file, error in unreadable.items():
-        raise UserError(f"{root / file}: cannot be read ({error}); {_REMEDY}")
+    infos, unreadable = probe(root, names)
+    for name, error in unreadable.items():
+        raise UserError(f"{root / name}: cannot be read ({error}); {_REMEDY}")
     one_size(root, infos, "give images of one size")
     # Not by the first alone: some encoders write a gray-looking colour image as a gray file.
     gray = all(info.gray for info in infos.values())
-    return GivenFolder([root / file for file in files], 1 if gray else 3)
+    return GivenFiles(root, names, 1 if gray else 3)
+
+
+def are_files(path: pathlib.Path) -> bool:
+    """Whether this is a folder or an image, and not an ``.npz``."""
+    return path.is_dir() or path.name.lower().endswith(SUFFIXES)
 
 
 def given_arrays(path: pathlib.Path) -> GivenArrays:
@@ -65,7 +77,7 @@ def given_arrays(path: pathlib.Path) -> GivenArrays:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except Exception as error:  # zipfile raises anything on damaged bytes
-        raise UserError(f"{path}: not a folder of images nor a readable .npz") from error
+        raise UserError(f"{path}: not a folder of images, an image nor a readable .npz") from error
     images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
     shaped = images is not None and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
     if images is None or images.dtype != np.uint8 or not shaped:
@@ -80,8 +92,8 @@ def given_arrays(path: pathlib.Path) -> GivenArrays:
 
 
 def given_images(path: pathlib.Path) -> UInt8[np.ndarray, "n h w c"]:
-    """All images of a folder or of an ``.npz``; raises UserError as the readers above do."""
-    if not path.is_dir():
+    """An image, or all of a folder or an ``.npz``; raises UserError as the readers above do."""
+    if not are_files(path):
         return given_arrays(path).images
-    folder = given_folder(path)
-    return folder.read(np.arange(len(folder.files)))
+    files = given_files(path)
+    return files.read(np.arange(len(files.names)))

@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 
 from jax_ddpm.codecs.pixels import PICTURES, pixels
 from jax_ddpm.data.contents import file_hashes
-from jax_ddpm.data.given import given_arrays, given_folder
+from jax_ddpm.data.given import are_files, given_arrays, given_files
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
 from jax_ddpm.evaluation.result_cache import Arrays, ResultCache
@@ -101,7 +101,7 @@ def split_set(source: Source, split: str) -> ImageSet:
 
 
 def file_set(path: pathlib.Path) -> ImageSet:
-    """The images of a folder of files or of an ``.npz``, shuffled.
+    """An image, or those of a folder or an ``.npz``, shuffled.
 
     Their contents alone decide the order, so that neither parts of the set nor its first images
     depend on names, or on who wrote them in which order.
@@ -109,14 +109,14 @@ def file_set(path: pathlib.Path) -> ImageSet:
     Raises:
       UserError: naming a file that is missing, cannot be read, or has another size.
     """
-    if path.is_dir():
-        folder = given_folder(path)
-        hashes = file_hashes(path, [file.relative_to(path).as_posix() for file in folder.files])
+    if are_files(path):
+        files = given_files(path)
+        hashes = file_hashes(files.root, files.names)
         digests = [bytes.fromhex(digest) for digest in hashes.values()]
         order = _shuffled(digests)
         together = hashlib.sha256(b"".join(digests[i] for i in order)).hexdigest()
         identity = {"files_sha256": together, "order": _ORDER}
-        return ImageSet(identity, len(order), lambda index: folder.read(order[index]))
+        return ImageSet(identity, len(order), lambda index: files.read(order[index]))
     images, labels = given_arrays(path)
     told = [None] * len(images) if labels is None else labels.tolist()
     digests = [

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jax_ddpm import images
-from jax_ddpm.data.decode import UnreadableError, decode
+from jax_ddpm.data.decode import UnreadableError, decode_mask
 from jax_ddpm.data.given import given_images
 from jax_ddpm.diffusion import encoding
 from jax_ddpm.diffusion.denoiser import Conditioning, Denoiser
@@ -45,11 +45,11 @@ class Request:
 
     Attributes:
       edit: a name in ``EDITS``.
-      images: a folder of images, an ``.npz`` or an array, of the model's size; for "superres" that,
-        or ``factor`` times smaller.
+      images: an image, a folder of them, an ``.npz`` or an array, of the model's size; for "superres"
+        that, or ``factor`` times smaller.
       num_samples: variants of each image; for "interpolate" images between two, these included.
-      mask: for "inpaint": a gray PNG, white where the images are made anew, black where kept; or an
-        array, True where they are made anew.
+      mask: for "inpaint": an image, white where images are made anew, black or transparent where
+        kept (``data.decode.decode_mask``); or an array, True where they are made anew.
       factor: for "superres".
       strength: for "sdedit" and "interpolate": the fraction of the sampler's steps that are taken,
         from images with the noise level of the first of them.
@@ -245,7 +245,7 @@ def _of_known_part(model: Model, request: Request, project: Projection) -> Edit:
 
 def _inpaint(model: Model, request: Request) -> Edit:
     if request.mask is None:
-        raise UserError("--mask is missing; a PNG, white where images are made anew")
+        raise UserError("--mask is missing; an image, white where images are made anew")
     return _of_known_part(model, request, inpainting(_read_kept(model, request.mask)))
 
 
@@ -330,7 +330,10 @@ def _conditioning(model: Model, request: Request, number: int) -> Conditioning:
 
 
 def _read_images(model: Model, request: Request) -> Float[Array, "n *shape"]:
-    """Images as they are diffused; a colour model takes gray ones too, superres small ones."""
+    """Images as they are diffused; superres takes small ones too.
+
+    A colour model takes gray ones, and a gray model those in colour that show only grays.
+    """
     height, width, channels = model.spec.image_shape
     found = request.images
     if isinstance(found, pathlib.Path):
@@ -342,6 +345,8 @@ def _read_images(model: Model, request: Request) -> Float[Array, "n *shape"]:
         found = found.repeat(factor, axis=1).repeat(factor, axis=2)
     if found.shape[-1] == 1:
         found = found.repeat(channels, axis=-1)
+    elif channels == 1 and np.all(found == found[..., :1]):
+        found = found[..., :1]
     if found.shape[1:] != model.spec.image_shape:
         raise UserError(
             f"--images={_told(request.images)}: {_size(found.shape[1:])}; the model makes "
@@ -351,12 +356,12 @@ def _read_images(model: Model, request: Request) -> Float[Array, "n *shape"]:
 
 
 def _read_kept(model: Model, mask: pathlib.Path | np.ndarray) -> Bool[np.ndarray, "h w"]:
-    """True where the mask is black."""
+    """True where the mask is not white; it must be so somewhere, and not everywhere."""
     if isinstance(mask, pathlib.Path):
         try:
-            anew = decode(mask.read_bytes(), 0, 1)[..., 0] >= 128
+            anew = decode_mask(mask.read_bytes())
         except (UnreadableError, OSError) as error:
-            raise UserError(f"--mask={mask}: cannot be read ({error}); give a PNG") from error
+            raise UserError(f"--mask={mask}: cannot be read ({error}); give an image") from error
     elif mask.dtype != bool or mask.ndim != 2:
         raise UserError("--mask: an array must be of True and False, [height, width]")
     else:
@@ -366,6 +371,11 @@ def _read_kept(model: Model, mask: pathlib.Path | np.ndarray) -> Bool[np.ndarray
         raise UserError(
             f"--mask={_told(mask)}: {anew.shape[1]}×{anew.shape[0]} pixels; the model makes "
             f"{width}×{height}"
+        )
+    if anew.all() or not anew.any():
+        raise UserError(
+            f"--mask={_told(mask)}: it makes {'all' if anew.all() else 'nothing'} of the images "
+            "anew; it must be white where they are made anew and black where kept"
         )
     return ~anew
 

@@ -96,6 +96,6 @@ def load_png(path: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
     """Reads what ``save_png`` wrote."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -1,5 +1,6 @@
 import io
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -219,6 +220,37 @@ UNREADABLE = {
     "damaged_png": PNG[:100] + bytes(200) + PNG[300:],
     "no_range": encoded(Image.new("F", (4, 4), 0.5), "TIFF"),
 }
+
+
+@pytest.mark.parametrize("image_format", ["EPS", "PDF", "ICO", "PCX", "TGA"])
+def test_other_formats_are_not_opened_whatever_they_are_called(tmp_path, image_format, monkeypatch):
+    monkeypatch.setattr(subprocess, "check_call", lambda *_: pytest.fail("another program"))
+    path = tmp_path / "x.png"
+    Image.new("RGB", (16, 16)).save(path, image_format)
+    with pytest.raises(UnreadableError, match="cannot identify"):
+        file_info(str(path), 0)
+    with pytest.raises(UnreadableError, match="cannot identify"):
+        decode(path.read_bytes(), 0, 3)
+
+
+def claiming(side):
+    """The beginning of a PNG of so many pixels a side."""
+    size = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [11_586, 60_000])
+def test_pixels_are_limited_on_purpose(tmp_path, side):
+    """2**27 of them are a square of 11,585."""
+    (tmp_path / "x.png").write_bytes(claiming(side))
+    with pytest.raises(UnreadableError, match="pixels"):
+        file_info(str(tmp_path / "x.png"), 8)
+
+
+def test_large_pictures_are_read_without_a_warning(tmp_path):
+    (tmp_path / "x.png").write_bytes(claiming(11_585))
+    assert file_info(str(tmp_path / "x.png"), 8)[:2] == (8, 8)
 
 
 @pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)

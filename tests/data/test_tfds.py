@@ -1,6 +1,8 @@
 """A real set, written and read back by TensorFlow Datasets without TensorFlow."""
 
 import io
+import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -144,7 +146,9 @@ def test_without_other_splits_a_random_tenth_is_held_out(prepare):
 
 
 def test_a_label_that_is_no_class_is_left_out(prepare):
-    source = tfds(NAME, prepare(label=features.Scalar(np.int64)), 0)
+    path = prepare(label=features.Scalar(np.int64))
+    with pytest.warns(UserWarning, match="no classes, as its label is no ClassLabel"):
+        source = tfds(NAME, path, 0)
     assert source.spec.num_classes == 0
     assert everything(source, "train").keys() == {"image"}
 
@@ -245,6 +249,46 @@ BAD = {
 @pytest.mark.parametrize(("attributes", "named"), BAD.values(), ids=BAD)
 def test_unusable_sets(prepare, attributes, named):
     assert named in the_error(NAME, prepare(**attributes))
+
+
+@pytest.mark.parametrize("name", ["huggingface:mnist", "kaggle:a/b:1.0.0", "huggingface:a__b"])
+def test_sets_of_others_are_refused_before_anything_is_asked(tmp_path, name, monkeypatch):
+    asked = lambda *_, **__: pytest.fail("asked")  # noqa: E731
+    monkeypatch.setattr(tensorflow_datasets, "builder", asked)
+    assert "elsewhere than on this machine" in the_error(name, tmp_path)
+    assert "elsewhere than on this machine" in the_error("cifar10", "gs://bucket/sets")
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name"])
+@pytest.mark.parametrize("place", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("name", [f"{NAME}:1.2.0", "another", "Another", "link"])
+def test_code_that_a_set_names_is_not_imported(prepare, tmp_path, monkeypatch, key, place, name):
+    path = pathlib.Path(prepare(), NAME)
+    if name.lower() == "another":
+        path = path.rename(path.with_name("another"))
+    if name == "link":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.2.0").symlink_to(path / "1.2.0")
+        path = tmp_path / name
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "foreign_code.py").write_text("raise SystemExit('imported')")
+    file = path / "1.2.0" / place
+    stored = json.loads(file.read_text())
+    told = json.loads((path / "1.2.0" / "features.json").read_text())
+    inner = told["featuresDict"]["features"]["label"]
+    inner.pop("pythonClassName")
+    inner[key] = "foreign_code.Feature"
+    file.write_text(json.dumps(told if place == "features.json" else stored | {"features": told}))
+    assert f"{file}: names foreign_code.Feature" in the_error(name, tmp_path)
+
+
+def test_a_number_of_classes_that_is_missing(prepare, tmp_path):
+    path = prepare()
+    file = tmp_path / NAME / "1.2.0" / "features.json"
+    stored = json.loads(file.read_text())
+    stored["featuresDict"]["features"]["label"]["classLabel"] = {"numClasses": None}
+    file.write_text(json.dumps(stored))
+    assert "does not say how many classes" in the_error(f"{NAME}:1.2.0", path)
 
 
 def test_missing_labels(prepare):

@@ -2,8 +2,12 @@
 
 import difflib
 import hashlib
+import json
+import os
 import pathlib
+import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -79,6 +83,7 @@ def _prepared_builder(name: str, path: str) -> Any:
         raise UserError(
             "data.source=tfds needs TensorFlow Datasets: pip install 'jax-ddpm[tfds]'"
         ) from error
+    _require_own(name, path)
     arguments = f"'{name}', file_format='array_record'" + (f", data_dir='{path}'" if path else "")
     command = (
         'python -c "import tensorflow_datasets as tfds; '
@@ -110,6 +115,53 @@ def _prepared_builder(name: str, path: str) -> Any:
     return builder
 
 
+def _require_own(name: str, path: str) -> None:
+    """Checks that opening the set neither reaches the network nor imports what its files name.
+
+    Raises:
+      UserError: where it would.
+    """
+    from tensorflow_datasets.core.naming import camelcase_to_snakecase
+    from tensorflow_datasets.core.utils.file_utils import list_data_dirs
+
+    namespace, _, rest = name.partition(":")
+    if "://" in path or re.match("[A-Za-z_]", rest):
+        raise UserError(
+            f"data.name: {name!r} in {path or 'its default data_dir'} may lie elsewhere than on "
+            "this machine; prepare a set of TensorFlow Datasets' own, such as cifar10"
+        )
+    stem = camelcase_to_snakecase(namespace.partition("/")[0])
+    for folder in list_data_dirs(path or None):
+        found = pathlib.Path(os.path.expanduser(folder), stem)
+        for file in sorted([*found.glob("*/*.json"), *found.glob("*/*/*.json")]):
+            try:
+                foreign = [cls for cls in _classes(json.loads(file.read_text())) if not _own(cls)]
+            except (OSError, ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{file}: cannot be read ({error}); prepare the set anew"
+                ) from error
+            if foreign:
+                raise UserError(
+                    f"{file}: names {foreign[0]}, code that is not TensorFlow Datasets' own; take "
+                    "a set without it"
+                )
+
+
+def _own(cls: Any) -> bool:
+    return isinstance(cls, str) and cls.startswith("tensorflow_datasets.")
+
+
+def _classes(stored: Any) -> Iterator[Any]:
+    """The classes that a set's JSON names, at any depth; ``type`` was their key before 4.5."""
+    inner = stored if isinstance(stored, list) else []
+    if isinstance(stored, dict):
+        keys = ("pythonClassName", "python_class_name", *["type"] * ("content" in stored))
+        yield from (stored[key] for key in keys if key in stored)
+        inner = [*stored.values()]
+    for value in inner:
+        yield from _classes(value)
+
+
 def _features(
     name: str, info: Any, image_size: int
 ) -> tuple[tuple[int, int, int], tuple[str, ...]]:
@@ -133,7 +185,18 @@ def _features(
         height = width = image_size
     if height is None or width is None:
         raise UserError(f"data.name: {name!r} has images of many sizes; set data.image_size")
-    names = label.names if isinstance(label, features.ClassLabel) and label.num_classes else ()
+    if not isinstance(label, features.ClassLabel):
+        if label is not None:
+            warnings.warn(
+                f"data.name: {name!r}: no classes, as its label is no ClassLabel", stacklevel=3
+            )
+        return (height, width, channels), ()
+    if not label.num_classes:
+        raise UserError(
+            f"data.name: {name!r}: its label does not say how many classes there are; prepare it "
+            "anew with their number"
+        )
+    names = label.names
     return (height, width, channels), tuple(names)
 
 

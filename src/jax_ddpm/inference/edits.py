@@ -45,8 +45,8 @@ class Request:
 
     Attributes:
       edit: a name in ``EDITS``.
-      images: an image, a folder of them, an ``.npz`` or an array, of the model's size; for "superres"
-        that, or ``factor`` times smaller.
+      images: an image, a folder of them, an ``.npz`` or an array, of the model's size; for
+        "superres" that, or ``factor`` times smaller.
       num_samples: variants of each image; for "interpolate" images between two, these included.
       mask: for "inpaint": an image, white where images are made anew, black or transparent where
         kept (``data.decode.decode_mask``); or an array, True where they are made anew.

@@ -5,6 +5,7 @@ import operator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -53,7 +54,22 @@ def make_codec(config: ConfigDict, spec: Spec, read: Read = reads_nothing) -> Co
     """What images of such data are diffused as; ``read`` gives the networks of other runs."""
     row = CODECS[config.model.codec]
     with naming("model"):
-        return row(spec, read, **taken(row, config.model))
+        codec = row(spec, read, **taken(row, config.model))
+    batch = {name: jax.ShapeDtypeStruct((1, *f.shape), f.dtype) for name, f in spec.fields.items()}
+    made = jax.eval_shape(codec.encode, batch).shape
+    require(
+        config,
+        "model.codec",
+        lambda _: made == (1, *codec.shape),
+        f"one whose encode gives its shape {codec.shape}, not {made[1:]}",
+    )
+    return codec
+
+
+def codec_record(config: ConfigDict, codec: Codec) -> dict[str, Any]:
+    """What identifies a codec: its name, its options and its parameters, as JSON."""
+    name = config.model.codec
+    return {"name": name} | taken(CODECS[name], config.model) | dict(codec.record)
 
 
 def make_conditions(config: ConfigDict, spec: Spec) -> Conditions:

@@ -1,5 +1,9 @@
 """The companions of a sampled model: a classifier or a worse model that guides it."""
 
+import dataclasses
+import shutil
+from typing import Annotated, Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +12,16 @@ import tiny
 
 import jax_ddpm
 from jax_ddpm import factory
+from jax_ddpm.codecs.pixels import Pixels
+from jax_ddpm.codecs.table import CODECS
 from jax_ddpm.errors import UserError
+from jax_ddpm.factory import Companions
 from jax_ddpm.models.classifier import ResNet
 from jax_ddpm.models.network import Network
+from jax_ddpm.options import Option
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
+from jax_ddpm.runs.frozen import FrozenReader, save_frozen
 from jax_ddpm.runs.identity import save_identity
 from jax_ddpm.tasks.table import make_model
 from jax_ddpm.training.state import TrainState, to_items
@@ -57,7 +66,9 @@ def make(tmp_path_factory):
         workdir = tmp_path_factory.mktemp("run")
         spec = factory.make_source(config).spec
         save_identity(workdir, config, spec)
-        params = make_model(config, spec).network.init(jax.random.key(0))
+        read = FrozenReader(config, workdir)
+        params = make_model(config, spec, Companions(read)).network.init(jax.random.key(0))
+        save_frozen(workdir, read.records)
         with Checkpoints(workdir, keep_last=2, keep_every=0) as checkpoints:
             for step, scale in ((1, 0.5), (2, 1.0)):
                 network = {"network": jax.tree.map(lambda p, scale=scale: scale * p, params)}
@@ -132,6 +143,66 @@ class TestAutoguidance:
         run = guided(model, "autoguidance", model, 3.0)
         difference = run.sample(5).astype(int) - jax_ddpm.load(model).sample(5)
         assert np.all(np.abs(difference) <= 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Pixels times a number that another run has learned."""
+
+    factor: Any
+    record: Any = dataclasses.field(metadata={"static": True})
+    shape: Any = dataclasses.field(metadata={"static": True})
+    num_levels: int = dataclasses.field(metadata={"static": True})
+    bounded = False
+
+    def encode(self, batch, keys=None):
+        return self.factor * Pixels(self.shape, self.num_levels).encode(batch)
+
+    def decode(self, x):
+        return Pixels(self.shape, 256).decode(x / self.factor)
+
+
+def scaled(spec, read, coder: Annotated[str, Option("Workdir of the factor.", default="")]):
+    frozen = read("model.coder")
+    factor = jnp.exp(frozen.params["gain"])
+    record = tuple(frozen.record.items())
+    return Scaled(factor, record, spec.image_shape, spec.num_levels)
+
+
+class TestCodecOfAnotherRun:
+    @pytest.fixture
+    def coder(self, model, tmp_path):
+        return shutil.copytree(model, tmp_path / "coder")
+
+    @pytest.fixture
+    def coded(self, make, coder):
+        dict.__setitem__(CODECS, "scaled", scaled)  # as a row of the project itself
+        yield make(model__codec="scaled", model__coder=str(coder))
+        del CODECS["scaled"]
+
+    def test_is_read_where_its_model_is_sampled(self, coded, coder):
+        run = jax_ddpm.load(coded)
+        assert run.sample(3).shape == (3, 8, 8, 1)
+        assert run.record["codec"]["sha256"] == jax_ddpm.load(coder).record["sha256"]
+
+    def test_is_the_one_that_the_run_began_with(self, coded, coder):
+        shutil.rmtree(coder / "checkpoints" / "2")
+        with pytest.raises(UserError, match=r"^config.model.coder=.*: its checkpoint 2, .* gone"):
+            jax_ddpm.load(coded)
+
+    def test_belongs_to_a_guide_as_well(self, coded, model):
+        guided(coded, "autoguidance", coded, 2.0, guide_step=1).sample(2)
+        with pytest.raises(UserError, match=r"^config.sampling.guide=.*: its codec is .*pixels"):
+            guided(coded, "autoguidance", model, 2.0)
+
+    def test_is_refused_where_codes_have_another_shape(self, make, monkeypatch):
+        def lying(spec, read):
+            return dataclasses.replace(Pixels(spec.image_shape, 17), shape=(4, 4, 1))
+
+        monkeypatch.setitem(CODECS, "lying", lying)
+        with pytest.raises(UserError, match=r"encode gives its shape \(4, 4, 1\), not \(8, 8, 1\)"):
+            make(model__codec="lying")
 
 
 class TestFits:

@@ -17,7 +17,9 @@ from jax_ddpm.diffusion.time_densities import (
     UniformDensity,
 )
 from jax_ddpm.diffusion.time_sampling import LossSecondMoment, Stratified, Uniform
+from jax_ddpm.errors import UserError
 from jax_ddpm.factory import make_process, make_source, make_time_sampler
+from jax_ddpm.tasks.recipe import check_recipe, make_phase
 from jax_ddpm.tasks.table import make_recipe
 from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.heldout import HeldOut
@@ -123,3 +125,54 @@ def test_held_out_loss_depends_on_parameters_alone(make_setting, mesh_of, fields
     assert len(first) == 5
     split = measure(12, 4)(state)
     np.testing.assert_allclose([*split.values()], [*first.values()], rtol=1e-5)
+
+
+class TestCheck:
+    """A recipe whose parts do not fit each other is refused before anything is made of it."""
+
+    @staticmethod
+    def refused(recipe, said, serves="network"):
+        with pytest.raises(UserError, match=f"^recipe: {said}"):
+            check_recipe(recipe, serves)
+
+    @pytest.fixture
+    def recipe(self, make_setting):
+        return make_setting().recipe
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"every": 0}, "phase network: every is 0; it must be a whole number, at least 1"),
+            ({"every": 1.5}, "phase network: every is 1.5"),
+            ({"trains": "network"}, "a phase trains 'network'; give names in a tuple"),
+            ({"trains": ()}, r"a phase trains \(\)"),
+            ({"trains": ("other",)}, "a phase trains 'other'; there are network"),
+            ({"reads": ("codecc",)}, "phase network reads 'codecc'"),
+            ({"objective": lambda *_: None}, "the objective of phase network is measured"),
+        ],
+        ids=str,
+    )
+    def test_of_a_phase(self, recipe, changes, said):
+        phase = recipe.phases[0]._replace(**changes)
+        self.refused(recipe._replace(phases=(phase,)), said)
+
+    def test_of_a_network_that_two_phases_train(self, recipe):
+        said = "'network' is twice among its trained networks; one phase trains it"
+        self.refused(recipe._replace(phases=recipe.phases * 2), said)
+
+    @pytest.mark.parametrize("measured", [-1, 1])
+    def test_of_the_phase_that_is_measured(self, recipe, measured):
+        self.refused(recipe._replace(measured=measured), f"measured is {measured} of 1 phases")
+
+    def test_of_averages(self, recipe):
+        (average,) = recipe.averages.values()
+        kept = {"network": average._replace(snapshot_every=-3)}
+        self.refused(recipe._replace(averages=kept), "average network: snapshot_every is -3")
+        self.refused(recipe._replace(averages={}), "the task serves the average 'network'")
+        self.refused(recipe, "the task serves the average 'slow'; there are network", serves="slow")
+
+    @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+    def test_of_a_learning_rate(self, make_setting, rate):
+        setting = make_setting()
+        with pytest.raises(UserError, match=r"learning_rate=.*; it must be positive"):
+            make_phase(setting.config, setting.objective, ("network",), learning_rate=rate)

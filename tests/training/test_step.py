@@ -9,6 +9,7 @@ import optax
 import pytest
 import tiny
 
+from jax_ddpm.errors import UserError
 from jax_ddpm.keys import Stream
 from jax_ddpm.runtime.devices import make_mesh, split, whole
 from jax_ddpm.tasks.adam import clipped_adam
@@ -305,6 +306,46 @@ def test_the_first_phase_has_the_keys_of_a_run_of_one_phase_and_others_have_thei
         drawn.append({name: float(pair[0]) for name, pair in log.items() if "drawn" in name})
     assert drawn[0]["a/drawn"] == drawn[1]["drawn"]
     assert drawn[0]["b/drawn"] != drawn[1]["drawn"]
+
+
+class Odd(Quadratic):
+    """Gives something else than an objective must."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def __call__(self, *args):
+        loss, _, _ = super().__call__(*args)
+        return self.change(loss)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda loss: (loss.mean(), {}, ()), r"its loss is \(\); it must be one"),
+        (lambda loss: (loss[:, None], {}, ()), r"its loss is \(8, 1\)"),
+        (lambda loss: (loss, {"loss": (loss, loss)}, ()), "rename its metric loss"),
+        (lambda loss: (loss, {"q": loss}, ()), "its metric q must be values and"),
+        (lambda loss: (loss, {"q": (loss, 1.0)}, ()), "its metric q must be"),
+        (lambda loss: (loss, {}, (loss,)), r"its extra is not .* that init\(\) gives"),
+    ],
+)
+def test_an_objective_that_gives_something_else_is_named(quadratic_recipe, points, change, said):
+    with pytest.raises(UserError, match=f"^the objective of phase network: {said}"):
+        train(quadratic_recipe(Odd(change)), make_mesh(), START, [{"x": points[0]}])
+
+
+@pytest.mark.parametrize(
+    "project",
+    [lambda trained: {}, lambda trained: jax.tree.map(lambda x: x[:1], trained)],
+    ids=["nothing", "another shape"],
+)
+def test_a_projection_that_gives_something_else_is_named(quadratic_recipe, points, project):
+    recipe = quadratic_recipe()
+    recipe = recipe._replace(phases=(recipe.phases[0]._replace(project=project),))
+    with pytest.raises(UserError, match=r"^phase network: what project returns is not .* it gets"):
+        train(recipe, make_mesh(), START, [{"x": points[0]}])
 
 
 class Failing(Quadratic):

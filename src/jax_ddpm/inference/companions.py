@@ -8,15 +8,19 @@ from jax_ddpm import factory
 from jax_ddpm.diffusion.guidance import NoisyClassifier
 from jax_ddpm.diffusion.optimal_variance import X0Error
 from jax_ddpm.errors import UserError
-from jax_ddpm.factory import ALONE, Companions
+from jax_ddpm.factory import Companions
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import digest
+from jax_ddpm.runs.frozen import FrozenReader
 from jax_ddpm.runs.served import Served, served
 from jax_ddpm.runtime.files import read_json
 from jax_ddpm.tasks.classification import NoisyImageClassifier
 from jax_ddpm.tasks.table import make_model
 
-_TASK_OF_GUIDE = {"classifier": "noisy_classification", "autoguidance": "diffusion"}
+_GUIDES = {
+    "classifier": (NoisyImageClassifier, "a classifier of noisy images"),
+    "autoguidance": (factory.Model, "a diffusion model"),
+}
 
 
 def load_companions(run: Served, workdir: pathlib.Path, item: str) -> Companions:
@@ -25,7 +29,8 @@ def load_companions(run: Served, workdir: pathlib.Path, item: str) -> Companions
     Raises:
       UserError: where something is missing, damaged, or does not fit the model.
     """
-    config, spec, sampling, companions = run.config, run.spec, run.config.sampling, ALONE
+    config, spec, sampling = run.config, run.spec, run.config.sampling
+    companions = Companions(FrozenReader(config, workdir))
     if sampling.variance == "optimal":
         statistic = load_x0_error(workdir, run.step, item, digest(run.params))
         record = {"x0_error_sha256": digest(statistic)}
@@ -34,10 +39,17 @@ def load_companions(run: Served, workdir: pathlib.Path, item: str) -> Companions
         return companions
     guide = pathlib.Path(sampling.guide)
     guide_config, guide_spec, _, params = served(guide, sampling.guide_step or None, item)
+    reading = Companions(FrozenReader(guide_config, guide))
+    model = make_model(guide_config, guide_spec, reading)
+    kind, needed_kind = _GUIDES[sampling.guidance]
+    codec = factory.make_codec(config, spec, companions.read)
     differs = {
-        "task": (guide_config.task, _TASK_OF_GUIDE[sampling.guidance]),
+        "task": (guide_config.task, guide_config.task if isinstance(model, kind) else needed_kind),
         "process": (guide_config.process.to_dict(), config.process.to_dict()),
         "image shape": (guide_spec.image_shape, spec.image_shape),
+        "codec": tuple(
+            factory.codec_record(*each) for each in ((guide_config, model.codec), (config, codec))
+        ),
     }
     for name, (held, needed) in differs.items():
         if held != needed:
@@ -46,7 +58,6 @@ def load_companions(run: Served, workdir: pathlib.Path, item: str) -> Companions
             )
     record = companions.record | {"guide_sha256": digest(params)}
     companions = companions._replace(record=record)
-    model = make_model(guide_config, guide_spec)
     if isinstance(model, factory.Model):
         return companions._replace(guide=model.denoiser(params, clip=False))
     assert isinstance(model, NoisyImageClassifier)

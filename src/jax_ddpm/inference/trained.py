@@ -57,6 +57,8 @@ class Trained:
             "clip": config.sampling.clip,
             "dtype": config.model.dtype,
         }
+        if self.model.codec.record:
+            self._record["codec"] = dict(self.model.codec.record)
         self._sampling_record = sampling_record(config) | companions.record
         self._generators: dict[tuple[int, int], Generator] = {}
 

@@ -12,7 +12,9 @@ from jax_ddpm import factory
 from jax_ddpm.data.plan import padded_batches
 from jax_ddpm.data.source import Source, Spec
 from jax_ddpm.errors import UserError
+from jax_ddpm.factory import ALONE, Companions
 from jax_ddpm.runs.checkpoint import digest
+from jax_ddpm.runs.frozen import FrozenReader
 from jax_ddpm.runs.served import served
 from jax_ddpm.tasks.classification import ImageClassifier
 
@@ -30,9 +32,17 @@ class TrainedClassifier:
       accuracy: the share of the held-out images that it gets right, with their count, as JSON.
     """
 
-    def __init__(self, config: ConfigDict, spec: Spec, step: int, params: Any, source: Source):
+    def __init__(
+        self,
+        config: ConfigDict,
+        spec: Spec,
+        step: int,
+        params: Any,
+        source: Source,
+        companions: Companions = ALONE,
+    ):
         self.config, self.spec, self.step, self.params = config, spec, step, params
-        self.model = ImageClassifier(config, spec)
+        self.model = ImageClassifier(config, spec, companions)
         self.record = {
             "kind": "classifier",
             "checkpoint_step": step,
@@ -84,4 +94,5 @@ def load_classifier(workdir: str | pathlib.Path) -> TrainedClassifier:
             f"--workdir={workdir}: its classifier is for {spec.identity}, but its config.data now "
             f"gives {source.spec.identity}; bring back the data it was trained on"
         )
-    return TrainedClassifier(config, spec, step, params, source)
+    companions = Companions(FrozenReader(config, workdir))
+    return TrainedClassifier(config, spec, step, params, source, companions)

@@ -1,5 +1,6 @@
 """How to train: networks, the phases of a step, the averages kept, and what is only read."""
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from jax_ddpm.codecs.codec import Codec
 from jax_ddpm.errors import UserError
 from jax_ddpm.models.network import Frozen, Network
+from jax_ddpm.options import is_a
 from jax_ddpm.tasks.objective import Measurable, Objective
 from jax_ddpm.tasks.optimisers import make_optimiser
 
@@ -23,7 +25,7 @@ class Phase(NamedTuple):
 
     Attributes:
       objective: what is minimised.
-      trains: the names of the networks that its optimiser updates.
+      trains: the names of the networks that its optimiser updates; no other phase trains them.
       optimiser: its update takes the gradients' global ``norm``, and ``finite``; where that is
         false it must change nothing.
       learning_rate: its schedule, step → rate, for the log.
@@ -89,31 +91,46 @@ class Recipe(NamedTuple):
         return objective
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Checks that its parts name each other.
+def check_recipe(recipe: Recipe, serves: str) -> None:
+    """Checks that its parts name each other, and that the average ``serves`` is among them.
 
     Raises:
-      UserError: naming the first part that does not exist, or is there twice.
+      UserError: naming the first part that does not exist, is there twice or has a wrong number.
     """
     known = [*recipe.networks, *(f"ema/{name}" for name in recipe.averages), *recipe.frozen]
-    _require_no_twin("names", known)
-    _require_no_twin("phases", [phase.name for phase in recipe.phases])
-    trained = {name for phase in recipe.phases for name in phase.trains}
+    for phase in recipe.phases:
+        if not (isinstance(phase.trains, tuple) and phase.trains):
+            raise UserError(f"recipe: a phase trains {phase.trains!r}; give names in a tuple")
+        _require_count(f"phase {phase.name}: every", phase.every, 1)
+    for name, average in recipe.averages.items():
+        _require_count(f"average {name}: snapshot_every", average.snapshot_every, 0)
+    if not 0 <= recipe.measured < len(recipe.phases):
+        raise UserError(f"recipe: measured is {recipe.measured} of {len(recipe.phases)} phases")
+    recipe.held_out()
+    trained = [name for phase in recipe.phases for name in phase.trains]
+    _require_once("names", known, "rename one")
+    _require_once("trained networks", trained, "one phase trains it, with all that it minimises")
     for place, names, allowed in (
         *(("a phase trains", phase.trains, [*recipe.networks]) for phase in recipe.phases),
         *((f"phase {phase.name} reads", phase.reads, known) for phase in recipe.phases),
         ("the recipe averages", [a.source for a in recipe.averages.values()], [*recipe.networks]),
-        ("no phase trains", [*recipe.networks], [*trained]),
+        ("no phase trains", [*recipe.networks], trained),
+        ("the task serves the average", [serves], [*recipe.averages]),
     ):
         for name in names:
             if name not in allowed:
                 raise UserError(f"recipe: {place} {name!r}; there are {', '.join(allowed)}")
 
 
-def _require_no_twin(kind: str, names: list[str]) -> None:
+def _require_once(kind: str, names: list[str], remedy: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"recipe: two {kind} are called {name!r}; rename one of them")
+            raise UserError(f"recipe: {name!r} is twice among its {kind}; {remedy}")
+
+
+def _require_count(what: str, value: int, low: int) -> None:
+    if not (is_a(value, int) and value >= low):
+        raise UserError(f"recipe: {what} is {value!r}; it must be a whole number, at least {low}")
 
 
 def one_network(
@@ -149,6 +166,8 @@ def make_phase(
     are the other attributes of ``Phase``. Schedules count training steps, also where a phase runs
     only at some of them.
     """
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise UserError(f"recipe: learning_rate={learning_rate}; it must be positive and finite")
     rate = make_learning_rate(config, learning_rate)
 
     def at_update(count):

@@ -38,9 +38,9 @@ def make_recipe(config: ConfigDict, model: Any, read: Read = reads_nothing) -> R
     """How ``config.task`` trains that model; ``read`` gives the frozen networks of other runs.
 
     Raises:
-      UserError: where the recipe's parts do not name each other.
+      UserError: where the recipe's parts do not fit each other.
     """
     task = task_of(config)
     recipe = task.recipe(config, model, read, **taken(task, config))
-    check_recipe(recipe)
+    check_recipe(recipe, task.serves)
     return recipe

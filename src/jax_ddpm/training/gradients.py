@@ -13,9 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from jax_ddpm.errors import UserError
 from jax_ddpm.keys import StepKeys
 from jax_ddpm.tasks.objective import Metrics
 from jax_ddpm.tasks.recipe import Phase
+
+# Metrics that training itself logs.
+RESERVED = {"loss", "gradient_norm", "learning_rate", "parameter_norm", "finite"}
 
 
 def mean_gradients(
@@ -48,8 +52,9 @@ def mean_gradients(
         everything = read | trained
         if layout is not None:
             everything = jax.tree.map(_gather, everything, layout)
-        loss, metrics, extra = phase.objective(everything, extra, part, part_keys, step)
-        metrics = {"loss": (loss, jnp.ones_like(loss))} | metrics
+        loss, metrics, after = phase.objective(everything, extra, part, part_keys, step)
+        _check_output(phase, loss, metrics, after, extra, part_keys.index.shape)
+        metrics, extra = {"loss": (loss, jnp.ones_like(loss))} | metrics, after
         return loss.sum() / keys.batch_size, (jax.tree.map(jnp.sum, metrics), extra)
 
     if layout is not None:
@@ -91,6 +96,32 @@ def _step_keys(seed: Any, step: Array, share: int, axes: tuple[str, ...]) -> Ste
         return StepKeys(seed, step, jnp.arange(share), share)
     index = jax.lax.axis_index(axes) * share + jnp.arange(share)
     return StepKeys(seed, step, index, share * jax.lax.axis_size(axes), axes)
+
+
+def _check_output(
+    phase: Phase, loss: Array, metrics: Metrics, after: Any, before: Any, batch: tuple[int, ...]
+) -> None:
+    """Raises UserError, while the step is traced, where an objective gives what it must not."""
+    where = f"the objective of phase {phase.name}"
+    if jnp.shape(loss) != batch:
+        raise UserError(f"{where}: its loss is {jnp.shape(loss)}; it must be one per example")
+    if taken := ", ".join(RESERVED & metrics.keys()):
+        raise UserError(f"{where}: rename its metric {taken}: training has one of that name")
+    for name, metric in metrics.items():
+        if not (isinstance(metric, tuple) and [jnp.shape(part) for part in metric] == [batch] * 2):
+            raise UserError(f"{where}: its metric {name} must be values and weights per example")
+    require_alike(f"{where}: its extra", after, before, "init() gives")
+
+
+def require_alike(what: str, found: Any, needed: Any, of: str) -> None:
+    """Raises UserError where two trees differ in their names, shapes or dtypes."""
+
+    def described(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+    if described(found) != described(needed):
+        raise UserError(f"{what} is not of the names, shapes and dtypes that {of}")
 
 
 def _gather(part: Array, spec: PartitionSpec) -> Array:

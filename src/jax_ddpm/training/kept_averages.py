@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
+from jax_ddpm.runtime.distributed import from_first
 from jax_ddpm.tasks.recipe import Recipe
 
 
@@ -37,6 +38,11 @@ class KeptAverages:
     def __exit__(self, *error: Any) -> None:
         if self._files:
             self._files.__exit__(*error)
+
+    def forget_after(self, step: int) -> None:
+        """Sets aside those of later steps, which another way may have led to."""
+        if self._files:
+            from_first(lambda: checkpoint.set_aside(self._folder, step + 1))
 
     def keep(self, step: int, averages: dict[str, Any]) -> None:
         """Writes those that are due in the background; one that is there already stays."""

@@ -118,7 +118,7 @@ def _train(
     poll: Poll,
 ) -> pathlib.Path:
     """Trains; ``own`` is the folder of all that this process writes except checkpoints."""
-    model, recipe, state, origin = prepared
+    model, recipe, state, origin, frozen = prepared
     every, batch_size = config.training, config.training.batch_size
     num_steps, num_samples = config.training.num_steps, config.sampling.num_samples
     task, seed = task_of(config), seed_key(config.seed)
@@ -132,10 +132,11 @@ def _train(
     ):
         done, items, resumed = checkpoints.restore(to_items(state))
         state = from_items(done, items, state)
+        kept.forget_after(done)
         if done > num_steps:
             raise UserError(f"--workdir={workdir}: {done} steps are done; raise training.num_steps")
         save_identity(own, config, source.spec)
-        save_frozen(own, recipe)
+        save_frozen(own, frozen)
         if done == num_steps and from_first(picture(done).exists):
             if is_first():
                 print(f"all {num_steps:,} steps of {workdir} are done", file=sys.stderr)

@@ -1,7 +1,6 @@
 """What training starts from: model, recipe and state, for the loop, the preflight and others."""
 
 import pathlib
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from jax_ddpm.factory import Companions
 from jax_ddpm.keys import Stream, numbered_key, seed_key, stream_key
 from jax_ddpm.models.network import Network
 from jax_ddpm.runs import checkpoint
-from jax_ddpm.runs.frozen import read_frozen
+from jax_ddpm.runs.frozen import FrozenReader
 from jax_ddpm.runtime.distributed import from_first
 from jax_ddpm.tasks.recipe import Recipe
 from jax_ddpm.tasks.table import make_model, make_recipe, task_of
@@ -28,12 +27,14 @@ class Prepared(NamedTuple):
     """The state before the first step, laid out over the devices, and what it is the state of.
 
     ``origin`` says in a line which run the parameters come from; "" where they are drawn.
+    ``frozen`` identifies the frozen networks, by the field that holds their run.
     """
 
     model: Any
     recipe: Recipe
     state: TrainState
     origin: str
+    frozen: dict[str, Any]
 
 
 def prepare(
@@ -49,12 +50,13 @@ def prepare(
       UserError: where config and data do not fit, or another run is missing, does not fit, or has
         changed since this one began.
     """
-    read = partial(read_frozen, config, workdir=workdir, accept_changes=accept_changes)
+    read = FrozenReader(config, workdir, accept_changes)
     model = make_model(config, spec, Companions(read))
     recipe = make_recipe(config, model, read)
     seed = seed_key(config.seed)
     params, origin = initial_parameters(config, recipe.networks, seed, workdir)
-    return Prepared(model, recipe, spread(init_state(recipe, params), mesh), origin)
+    state = spread(init_state(recipe, params), mesh)
+    return Prepared(model, recipe, state, origin, read.records)
 
 
 def initial_parameters(
@@ -63,8 +65,9 @@ def initial_parameters(
     """Parameters drawn from the run's seed key, or the averages of the run ``config.init_from``.
 
     A network takes the average of its name; the one that the task serves takes any, if there is
-    only one. What that run does not have starts at zero, and the line that comes with the
-    parameters names it. That run is no longer needed once this one has a checkpoint in ``workdir``.
+    only one. Other networks are drawn, and what a network has beyond that run's starts at zero; the
+    line that comes with the parameters names both. That run is no longer needed once this one has a
+    checkpoint in ``workdir``.
 
     Raises:
       UserError: where there is no such run, or it has another network.
@@ -92,8 +95,11 @@ def initial_parameters(
     for name, tree in taken.items():
         params[name], added = _with_additions(params[name], tree, where)
         new += added
+    drawn = [name for name in networks if name not in taken]
     origin = f"parameters of {donor}, step {step:,}"
-    return params, f"{origin}; new, at zero: {', '.join(new)}" if new else origin
+    for told, names in (("new, at zero", new), ("drawn", drawn)):
+        origin += f"; {told}: {', '.join(names)}" if names else ""
+    return params, origin
 
 
 def _with_additions(params: Any, found: Any, where: str) -> tuple[Any, list[str]]:

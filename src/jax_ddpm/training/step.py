@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jax_ddpm.keys import Stream, numbered_key
 from jax_ddpm.tasks.objective import Metrics
 from jax_ddpm.tasks.recipe import Phase, Recipe
-from jax_ddpm.training.gradients import mean_gradients
+from jax_ddpm.training.gradients import mean_gradients, require_alike
 from jax_ddpm.training.layout import SMALL
 from jax_ddpm.training.state import TrainState, readable
 
@@ -111,6 +111,7 @@ def _update(
             gradients, before.opt_state, before.params, norm=norm, finite=finite
         )
         params = phase.project(optax.apply_updates(before.params, updates))
+        require_alike(f"phase {phase.name}: what project returns", params, before.params, "it gets")
     extra = jax.tree.map(lambda new, old: jnp.where(finite, new, old), extra, before.extra)
     metrics |= {"gradient_norm": _single(norm), "learning_rate": _single(phase.learning_rate(step))}
     return PhaseState(params, opt_state, extra, finite), metrics

@@ -16,12 +16,14 @@ stopped by SIGTERM or Ctrl-C with everything saved: the same command goes on.
 
 import sys
 
-from jax_ddpm.cli.parsing import resolve
-from jax_ddpm.cli.running import one_line, run
-
 
 def main() -> None:
     """Does what the command line asks for."""
+    try:
+        from jax_ddpm.cli.parsing import resolve
+        from jax_ddpm.cli.running import one_line, run
+    except KeyboardInterrupt:  # before ``one_line`` can say so
+        sys.exit("interrupted")
     with one_line():
         command = resolve(sys.argv[1:])
     run(command)

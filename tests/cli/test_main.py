@@ -510,6 +510,25 @@ class TestProcess:
         assert result.stderr.startswith("error: --seed=-1: it must be in ")
         assert result.stderr.count("\n") == 1
 
+    @pytest.mark.parametrize("module", ["ml_collections", "jax", "jax_ddpm.api.run"])
+    def test_ctrl_c_while_it_imports_is_one_line(self, module):
+        program = f"""
+import sys
+class Interrupted:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted)
+sys.argv = ["jax_ddpm", "--mode=sample", "--workdir=no"]
+from jax_ddpm.main import main
+main()
+"""
+        result = self.python("-c", program)
+        assert result.returncode == 1
+        assert result.stderr.startswith("interrupted")
+        assert result.stderr.count("\n") == 1
+
     def test_help_takes_less_than_a_second_and_loads_no_jax(self):
         program = (
             "import sys, time; start = time.process_time();"

@@ -4,7 +4,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
+import threading
 import time
 
 import jax
@@ -498,6 +503,45 @@ class TestFailingSaves:
             save(checkpoints, state, config, {})
             checkpoints.wait()
         self.assert_others_are_whole(run)
+
+    def test_a_folder_that_cannot_be_written_keeps_no_thread_waiting(
+        self, run, small, config, monkeypatch
+    ):
+        """One that waits would keep the process alive for minutes after its error."""
+        make, before = os.mkdir, {*threading.enumerate()}
+
+        def mkdir(path, *args, **kwargs):
+            if ".orbax-checkpoint-tmp" in str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            make(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "mkdir", mkdir)
+        with one_line(self.FAILED), Checkpoints(run, keep_last=2, keep_every=0) as checkpoints:
+            save(checkpoints, small(3), config, {})
+        assert {*threading.enumerate()} == before
+
+    def test_say_no_more_than_their_line(self, tmp_path):
+        """A process of its own, as pytest takes the errors of threads for itself."""
+        program = f"""
+import pathlib, jax, numpy as np, tiny
+from jax_ddpm.errors import UserError
+from jax_ddpm.runs.checkpoint import Checkpoints
+items = {{name: {{str(i): jax.numpy.asarray(np.random.rand(10_000)) for i in range(10)}}
+         for name in ("params", "ema", "opt_state")}}
+try:
+    workdir = pathlib.Path({str(tmp_path)!r})
+    with Checkpoints(workdir, 2, 0) as files, tiny.no_file_grows_past(20_000):
+        files.save(3, items, tiny.config(), {{}})
+        files.wait()
+except UserError as error:
+    print(error)
+"""
+        folder = pathlib.Path(__file__).parents[1]
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, timeout=120
+        )
+        assert done.stdout.startswith("checkpoint 3 could not be written")
+        assert done.stderr == ""
 
     def test_a_checkpoint_is_never_overwritten(self, run, small, config):
         before = contents(run)

@@ -268,7 +268,8 @@ class TestMetricWriter:
     def test_starts_anew(self, tmp_path):
         """No points of an abandoned run stay behind."""
         self.write(tmp_path)
-        self.write(tmp_path, lines=[(5, {"loss": 0.125})])
+        with pytest.warns(UserWarning, match=r"metrics.jsonl: begun anew, as no checkpoint"):
+            self.write(tmp_path, lines=[(5, {"loss": 0.125})])
         assert self.lines(tmp_path) == [{"step": 5, "loss": 0.125}]
         assert tensorboard_scalars(tmp_path / "tensorboard") == {("loss", 5): 0.125}
 
@@ -288,7 +289,9 @@ class TestMetricWriter:
     def test_resuming_without_all_of_the_file_goes_on_with_what_is_there(self, tmp_path, left):
         if left is not None:
             (tmp_path / "metrics.jsonl").write_bytes(left)
-        self.write(tmp_path, 10, 1000, [(20, {"loss": 0.25})])
+        lost = 1000 - len(left or b"")
+        with pytest.warns(UserWarning, match=rf"metrics.jsonl: {lost} bytes of the log are lost"):
+            self.write(tmp_path, 10, 1000, [(20, {"loss": 0.25})])
         assert [line["step"] for line in self.lines(tmp_path)] == ([5, 20] if left else [20])
 
     def test_tensorboard_is_told_where_a_run_goes_on(self, tmp_path):

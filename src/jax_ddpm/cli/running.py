@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from absl import logging
-
 from jax_ddpm.cli.flags import MODES
 from jax_ddpm.cli.modes import RUN
 from jax_ddpm.cli.parsing import Command
@@ -18,20 +16,20 @@ from jax_ddpm.runtime.stopping import EXIT_CODE, Stopped, StopRequest, never
 
 def run(command: Command) -> None:
     """Prints the command's result; a mistake is one line and exit code 1."""
-    logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback of what it then raises
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     mode, given = RUN[command.mode], dict(command.given)
     if not MODES[command.mode].on_devices:
         with one_line():
             print(mode(given, never))
         return
-    from jax_ddpm.runtime import backend, distributed
-    from jax_ddpm.runtime.launch import join
+    with one_line():
+        from jax_ddpm.runtime import backend, distributed
+        from jax_ddpm.runtime.launch import join
 
-    named = given.get("config")
-    backend.set_flags(deterministic=named is not None and named.config.deterministic)
-    backend.keep_memory()
-    backend.keep_compiled()
+        named = given.get("config")
+        backend.set_flags(deterministic=named is not None and named.config.deterministic)
+        backend.keep_memory()
+        backend.keep_compiled()
     with distributed.ending(), one_line():
         join(**command.job)
         distributed.require_agreement(_facts(command))

@@ -8,12 +8,14 @@ into a folder that all can reach; only the first chooses, signs and deletes.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
+import sys
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -105,8 +107,7 @@ def restore_item(workdir: pathlib.Path, step: int, item: str) -> Any:
     Raises:
       UserError: where the item is damaged, or Orbax cannot read it.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = _orbax()
     path = folder(workdir) / str(step)
     try:
         verify(path, [item])
@@ -160,14 +161,17 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep_last: int, keep_every: int):
-        import orbax.checkpoint as ocp
-
+        ocp = _orbax()
         self._workdir, self._folder = workdir, folder(workdir)
         self._keep_last, self._keep_every = keep_last, keep_every
         from_first(self._clear_up)
         self._saver = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._sign),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._sign,
+                # Else threads wait for a folder that cannot be made, and keep the process alive.
+                create_directories_asynchronously=False,
+            ),
         )
         self.last: int | None = None  # step saved or restored last
 
@@ -207,8 +211,7 @@ class Checkpoints:
         Raises:
           UserError: where this or the previous save failed; earlier checkpoints stay as they are.
         """
-        import orbax.checkpoint as ocp
-
+        ocp = _orbax()
         self.wait()
         self._delete_superseded()
         self.last = step
@@ -268,8 +271,7 @@ class Checkpoints:
         Raises:
           UserError: where all are damaged, or the checkpoint has another structure.
         """
-        import orbax.checkpoint as ocp
-
+        ocp = _orbax()
         step = newest(self._workdir)
         if step is None:
             return 0, items, {}
@@ -295,6 +297,33 @@ class Checkpoints:
         progress = restored["progress"]
         self.last = done = progress.pop("step")
         return done, items | {name: restored[name] for name in wanted}, progress
+
+
+def _orbax() -> Any:
+    """Orbax, without its tracebacks of what it raises too, and of all that a failed save drops."""
+    import orbax.checkpoint as ocp
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_of_orbax)
+    if not isinstance(sys.unraisablehook, _WithoutDroppedWork):
+        sys.unraisablehook = _WithoutDroppedWork(sys.unraisablehook)  # type: ignore[assignment]
+    return ocp
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname + logging.Formatter().format(record)
+
+
+class _WithoutDroppedWork(NamedTuple):
+    """The hook of errors in threads of others, without those of TensorStore after a failed save:
+    it tells an event loop, which the failure has closed, of each part that it still had to write.
+    """
+
+    hook: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.hook(unraisable)
 
 
 def _not_empty(items: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,11 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         return
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -138,8 +139,13 @@ class MetricWriter:
 
         path = workdir / "metrics.jsonl"
         path.touch()
+        held = path.stat().st_size
+        if held < position:
+            warnings.warn(f"{path}: {position - held} bytes of the log are lost", stacklevel=2)
+        elif held and not step:
+            warnings.warn(f"{path}: begun anew, as no checkpoint was finished", stacklevel=2)
         self._lines = path.open("r+b")
-        self._lines.truncate(min(position, path.stat().st_size))
+        self._lines.truncate(min(position, held))
         self._lines.seek(0, os.SEEK_END)
         board = workdir / "tensorboard"
         if not step:

@@ -16,6 +16,7 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.inference.sampling import write_samples
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.models.network import Network
+from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import save_identity
 from jax_ddpm.training.state import TrainState, to_items
@@ -208,6 +209,43 @@ class TestDamage:
         (folder / "checkpoints" / "6" / "manifest.json").unlink()
         with pytest.warns(UserWarning, match=r"checkpoint 6 is damaged: manifest\.json"):
             assert jax_ddpm.load(folder).step == 4
+
+
+class TestBesideATrainer:
+    """A run that is being trained deletes checkpoints that have been superseded."""
+
+    @pytest.fixture
+    def copy(self, workdir, tmp_path):
+        return shutil.copytree(workdir, tmp_path / "copy")
+
+    def supersede(self, copy):
+        folder = copy / "checkpoints"
+        if (folder / "6").exists():
+            shutil.copytree(folder / "6", folder / "8")
+            for step in (2, 4, 6):
+                shutil.rmtree(folder / str(step))
+
+    @pytest.mark.parametrize("name", ["verify", "restore_note", "restore_item"])
+    def test_the_newest_is_taken_whatever_is_deleted_meanwhile(self, copy, monkeypatch, name):
+        real = getattr(checkpoint, name)
+
+        def late(*arguments):
+            self.supersede(copy)
+            return real(*arguments)
+
+        monkeypatch.setattr(checkpoint, name, late)
+        assert jax_ddpm.load(copy).step == 8
+
+    def test_the_one_asked_for_is_missed(self, copy, monkeypatch):
+        real = checkpoint.restore_item
+
+        def late(*arguments):
+            self.supersede(copy)
+            return real(*arguments)
+
+        monkeypatch.setattr(checkpoint, "restore_item", late)
+        with pytest.raises(UserError, match=r"checkpoint 6 in .*manifest.json cannot be read"):
+            jax_ddpm.load(copy, 6)
 
 
 class TestSample:

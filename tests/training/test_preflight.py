@@ -219,6 +219,24 @@ class TestRunInTheWorkdir:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         passes(config(training__num_steps=5, training__keep_last=2), run)
 
+    def test_that_a_killed_check_has_left_something_in(self, run):
+        """It is removed, unless that check is still at work."""
+        (run / ".check-killed" / "checkpoints").mkdir(parents=True)
+        with preflight._trial(run) as at_work:
+            passes(config(training__num_steps=5), run)
+            assert [*run.glob(".*")] == [at_work]
+        assert [*run.glob(".*")] == []
+
+    @pytest.mark.parametrize("replace", [pathlib.Path.touch, lambda path: path.symlink_to(path)])
+    def test_must_have_a_folder_of_checkpoints_that_can_be_read(self, run, replace):
+        (run / "checkpoints").rename(run / "moved")
+        replace(run / "checkpoints")
+        assert "cannot be read" in fails("data", config(training__num_steps=5), run)
+
+    def test_must_not_have_lost_its_checkpoints(self, run):
+        (run / "checkpoints").rename(run / "moved")
+        assert "are missing" in fails("data", config(training__num_steps=5), run)
+
     def test_must_not_be_past_its_end(self, run):
         line = fails("checkpoints", config(training__num_steps=3), run)
         assert "4 steps are done; raise training.num_steps" in line

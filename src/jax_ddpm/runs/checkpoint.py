@@ -65,17 +65,21 @@ def newest(workdir: pathlib.Path, items: Iterable[str] | None = None) -> int | N
 
 
 def _newest(workdir: pathlib.Path, items: Iterable[str] | None) -> int | None:
-    for step in reversed(steps(workdir)):
-        try:
-            verify(folder(workdir) / str(step), items)
-        except Damaged as damage:
-            warnings.warn(f"checkpoint {step} is damaged: {damage}", stacklevel=2)
-        else:
-            return step
-    if steps(workdir):
-        raise UserError(
-            f"--workdir={workdir}: every checkpoint is damaged; to start over use another --workdir"
-        )
+    while known := steps(workdir):
+        for step in reversed(known):
+            path = folder(workdir) / str(step)
+            try:
+                verify(path, items)
+            except Damaged as damage:
+                if path.exists():
+                    warnings.warn(f"checkpoint {step} is damaged: {damage}", stacklevel=2)
+            else:
+                return step
+        if steps(workdir) == known:  # else a run that trains there has newer ones by now
+            raise UserError(
+                f"--workdir={workdir}: every checkpoint is damaged; to start over use another "
+                "--workdir"
+            )
     return None
 
 
@@ -85,9 +89,9 @@ def choose_step(workdir: pathlib.Path, step: int | None, item: str) -> int:
     Raises:
       UserError: where there is no such checkpoint.
     """
-    known = steps(workdir)
     if step is None:
         step = newest(workdir, [item, "config"])
+    known = steps(workdir)
     if step is None or not known:
         begun = (workdir / "config.json").exists()
         reason = (

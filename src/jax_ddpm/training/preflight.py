@@ -1,10 +1,12 @@
 """Tries out everything that a training run needs, before it is submitted; trains nothing."""
 
 import contextlib
+import os
 import pathlib
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +28,8 @@ from jax_ddpm.training.compiled_step import compile_step
 from jax_ddpm.training.feed import Feed
 from jax_ddpm.training.prepare import prepare
 from jax_ddpm.training.state import from_items, to_items
+
+_TRIAL = ".check-"
 
 
 class Preflight:
@@ -75,7 +79,7 @@ class Preflight:
         """A folder can be made in the workdir."""
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.workdir):
+            with _trial(self.workdir):
                 pass
         except OSError as error:
             raise UserError(
@@ -128,9 +132,7 @@ class Preflight:
                 "room"
             )
         with contextlib.ExitStack() as stack:
-            folder = from_first(
-                lambda: stack.enter_context(tempfile.TemporaryDirectory(dir=self.workdir))
-            )
+            folder = from_first(lambda: str(stack.enter_context(_trial(self.workdir))))
             trial, start = pathlib.Path(folder), time.perf_counter()
             with Checkpoints(trial, keep_last=1, keep_every=0) as checkpoints:
                 checkpoints.save(0, to_items(self.state), self.config, {})
@@ -168,6 +170,29 @@ class Preflight:
                 "raise training.accumulate, set model.remat, or lower training.batch_size"
             )
         return text + (f" of {_bytes(limit)}" if limit else "")
+
+
+@contextlib.contextmanager
+def _trial(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder in the workdir for as long as it is needed; those of killed checks are removed."""
+    import fcntl
+
+    with contextlib.ExitStack() as held:
+
+        def lock(folder: pathlib.Path) -> None:
+            number = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, number)
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        for left in workdir.glob(f"{_TRIAL}*"):
+            with contextlib.suppress(OSError):  # another check is at work there
+                lock(left)
+                shutil.rmtree(left)
+        found = tempfile.TemporaryDirectory(prefix=_TRIAL, dir=workdir)
+        folder = pathlib.Path(held.enter_context(found))
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            lock(folder)
+        yield folder
 
 
 @jax.jit

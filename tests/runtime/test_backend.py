@@ -3,6 +3,7 @@
 import os
 import pathlib
 import platform
+import stat
 import subprocess
 import sys
 
@@ -30,6 +31,37 @@ def cache(monkeypatch, tmp_path):
 def test_compiled_programs_are_kept_in_the_users_cache(cache, tmp_path):
     keep_compiled()
     assert cache().parent == tmp_path / "jax_ddpm"
+
+
+def test_the_cache_is_private_whatever_the_umask(cache, tmp_path):
+    """Whoever can write there decides what is run."""
+    (tmp_path / "jax_ddpm").mkdir(mode=0o777)
+    before = os.umask(0o002)
+    try:
+        keep_compiled()
+    finally:
+        os.umask(before)
+    for folder in (cache(), cache().parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("obstacle", ["another user", "a file", "no home"])
+def test_without_a_cache_of_ones_own_none_is_used(cache, tmp_path, monkeypatch, obstacle):
+    before = cache()
+    if obstacle == "another user":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    elif obstacle == "a file":
+        (tmp_path / "jax_ddpm").touch()
+    else:
+
+        def home():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(pathlib.Path, "home", home)
+    with pytest.warns(UserWarning, match="^compiled programs are not kept: "):
+        keep_compiled()
+    assert cache() == before
 
 
 def test_another_cpu_has_another_cache(cache, monkeypatch):

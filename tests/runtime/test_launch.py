@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+import socket
 import sys
 
 import jax
@@ -121,6 +122,28 @@ def test_a_process_on_its_own_joins_nobody(monkeypatch, environ):
     join("off")
     monkeypatch.setenv("SLURM_NTASKS", "9")
     join("off")
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address"),
+    [
+        ("127.0.0.1:1234", "127.0.0.1:1234"),
+        ("localhost:1234", "127.0.0.1:1234"),
+        ("node1:1234", None),  # as many systems call themselves
+        ("192.0.2.1:1234", None),  # of nobody (RFC 5737)
+        ("nowhere.invalid:1234", None),
+    ],
+)
+def test_it_listens_where_the_others_look_for_it_alone(monkeypatch, coordinator, address):
+    hosts = {"localhost": "127.0.0.1", "node1": "127.0.1.1"}
+
+    def resolved(name, port, **_):
+        if name.endswith(".invalid"):
+            raise socket.gaierror
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (hosts.get(name, name), port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    assert launch._own_address(coordinator) == address
 
 
 def meet(environ, *address, patience=60, notice=15):

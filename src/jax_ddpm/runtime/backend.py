@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import warnings
 
 from jax_ddpm.errors import UserError
 
@@ -90,17 +91,29 @@ def keep_memory() -> None:
 def keep_compiled() -> None:
     """Keeps compiled programs, so that the next start of the same job compiles nothing.
 
-    They lie in ``~/.cache/jax_ddpm``, or in ``JAX_COMPILATION_CACHE_DIR``.
+    They lie in ``~/.cache/jax_ddpm``, or in ``JAX_COMPILATION_CACHE_DIR``. The former is made
+    private, because these programs are run. Where it cannot be, a warning says so, and none are
+    kept.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        import jax
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
 
-        jax.config.update("jax_compilation_cache_dir", str(_cache()))
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(_private_cache()))
+    except (OSError, RuntimeError) as error:  # no home, or not ours
+        warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
 
 
-def _cache() -> pathlib.Path:
+def _private_cache() -> pathlib.Path:
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return root / "jax_ddpm" / cpu_kind()
+    ours = root / "jax_ddpm"
+    for folder in (ours, ours / cpu_kind()):
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to another user")
+        folder.chmod(0o700)
+    return folder
 
 
 def cpu_kind() -> str:

@@ -1,6 +1,8 @@
 """The launcher of this process, and joining the others of its job by ``jax.distributed``."""
 
 import collections
+import contextlib
+import ipaddress
 import os
 import pathlib
 import re
@@ -115,8 +117,31 @@ def _join_manually(
         coordinator_address=coordinator,
         num_processes=num_processes,
         process_id=process_id,
+        coordinator_bind_address=_own_address(coordinator) if process_id == 0 else None,
         cluster_detection_method="deactivate",
     )
+
+
+def _own_address(coordinator: str) -> str | None:
+    """The address of this host that the others know, at which alone it listens.
+
+    None, which stands for all of its addresses, where the name is another host's here, as behind a
+    gateway, or means this host itself only here.
+    """
+    name, _, port = coordinator.rpartition(":")
+    name = name.strip("[]")
+    try:
+        found = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM)
+    except (OSError, OverflowError):
+        return None
+    for family, *_, (address, *_) in found:
+        loops = ipaddress.ip_address(address).is_loopback
+        if loops and name not in ("localhost", address):
+            continue
+        with contextlib.suppress(OSError), socket.socket(family) as trial:
+            trial.bind((address, 0))
+            return f"[{address}]:{port}" if family == socket.AF_INET6 else f"{address}:{port}"
+    return None
 
 
 def _join_as_launched(mode: str, patience: int) -> None:

@@ -79,7 +79,7 @@ class Preflight:
         """A folder can be made in the workdir."""
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            with _trial(self.workdir):
+            with tempfile.TemporaryDirectory(prefix=_TRIAL, dir=self.workdir):
                 pass
         except OSError as error:
             raise UserError(

@@ -96,6 +96,7 @@ def archive(tmp_path, trust):
     return archive
 
 
+@pytest.mark.filterwarnings("ignore:cifar10. of 10 classes")
 @pytest.mark.parametrize("name", [PYTHON, BINARY])
 @pytest.mark.parametrize("by", ["file", "folder"])
 def test_both_archives_hold_the_same_set(archive, name, by):

@@ -189,13 +189,50 @@ def test_folders_at_the_first_level_are_the_classes(split):
 
 
 def test_classes_without_split_folders(tmp_path):
-    """All count, even if training happens to see only some of them."""
+    """All count, even if training happens to see only some of them, which is said."""
     for number in range(20):
         save(tmp_path / f"class-{number:02d}" / "x.png", number)
-    source = folder(str(tmp_path), 0)
+    with pytest.warns(UserWarning, match="of 20 classes, none of the training images is of cl"):
+        source = folder(str(tmp_path), 0)
     assert source.spec.class_names == tuple(f"class-{number:02d}" for number in range(20))
     for name in ("train", "heldout"):
         assert everything(source, name, "label").tolist() == numbers(source, name)
+
+
+def test_classes_called_by_other_numbers_are_told(tmp_path):
+    """Text comes in the order of text, as in other loaders of such folders."""
+    for number in range(12):
+        for split, first in (("train", 0), ("test", 100)):
+            save(tmp_path / split / str(number) / f"{number}.png", first + number)
+    with pytest.warns(UserWarning, match=r"names as text.*: 0: 0, 1: 1, 2: 10, 3: 11, 4: 2, 5: 3"):
+        spec = folder(str(tmp_path), 0).spec
+    assert spec.classes().startswith("12 classes (0: 0, 1: 1, 2: 10, 3: 11, 4: 2")
+
+
+def test_a_class_that_training_does_not_see_is_named(tmp_path):
+    """Its one image is held out."""
+    lost = np.random.RandomState(0).permutation(20)[0]
+    for number in range(20):
+        name = "a" if number < lost else "b" if number == lost else "c"
+        save(tmp_path / name / f"{number:02d}.png", number)
+    with pytest.warns(UserWarning, match="of 3 classes, none of the training images is of b;"):
+        folder(str(tmp_path), 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_images_can_be_gray(tmp_path, mode):
+    for number in range(20):
+        Image.fromarray(pixels(number)).convert(mode).save(tmp_path / f"{number}.png")
+    gray = folder(str(tmp_path), 0, channels=1)
+    assert gray.spec.image_shape == (4, 6, 1)
+    assert everything(gray, "train").shape == (18, 4, 6, 1)
+    if mode == "RGB":
+        colour = folder(str(tmp_path), 0)
+    else:
+        with pytest.warns(UserWarning, match=r"are gray; data\.channels=1 keeps them so"):
+            colour = folder(str(tmp_path), 0)
+    assert colour.spec.image_shape == (4, 6, 3)
+    assert colour.spec.identity != gray.spec.identity
 
 
 @pytest.mark.parametrize("stray", ["stray.png", None])
@@ -205,13 +242,15 @@ def test_no_classes_unless_every_image_is_in_one_of_two(tmp_path, stray):
     if stray:
         save(tmp_path / "other" / "20.png", 20)
         save(tmp_path / stray, 21)
-    source = folder(str(tmp_path), 0)
+    why = "these are in no folder of a class: stray.png;" if stray else "are in one folder, only;"
+    with pytest.warns(UserWarning, match=why):
+        source = folder(str(tmp_path), 0)
     assert source.spec.num_classes == 0
     assert "label" not in source.batch("train", np.arange(2))
 
 
 def test_order_is_by_path_not_by_file_system(tmp_path, monkeypatch):
-    names = ["b/1.png", "a/2.png", "a.png", "a/b/3.png", "B.png"]
+    names = ["b/1.png", "b/2.png", "a.png", "b/b/3.png", "B.png"]
     for number, name in enumerate(names):
         save(tmp_path / "train" / name, number)
         save(tmp_path / "test" / name, 100 + number)
@@ -407,7 +446,8 @@ def test_too_few_images(tmp_path, count):
         save(tmp_path / f"{number}.png", number)
     message = the_error(tmp_path)
     assert str(tmp_path) in message
-    assert ".png" in message
+    way_out = f"{count} are too few images to hold out data.heldout_fraction=0.1 of them; raise it"
+    assert (way_out if count else "no images there (.png ") in message
 
 
 def test_empty_split_folders(split):

@@ -40,13 +40,16 @@ def test_images(save, stored, inside):
 
 def test_labels(save):
     labels = {"train_labels": np.array([0, 4, 2]), "test_labels": np.array([1], np.uint8)}
-    source = npz(save(train_images=images(3, 4, 4), test_images=images(1, 4, 4), **labels))
+    path = save(train_images=images(3, 4, 4), test_images=images(1, 4, 4), **labels)
+    with pytest.warns(UserWarning, match="of 5 classes, none of the training images is of 1, 3;"):
+        source = npz(path)
     assert (source.spec.num_classes, source.spec.class_names) == (5, tuple("01234"))
     np.testing.assert_array_equal(everything(source, "train", "label"), [0, 4, 2])
     np.testing.assert_array_equal(everything(source, "heldout", "label"), [1])
     assert everything(source, "heldout", "label").dtype == np.int32
 
 
+@pytest.mark.filterwarnings("ignore:npz.* of 100 classes")
 @pytest.mark.parametrize(("fraction", "split_sizes"), [(0.3, (70, 30)), (0.9, (10, 90))])
 def test_without_test_images_a_random_part_is_held_out(save, fraction, split_sizes):
     """A partition, the same at each call and not the file's order; labels stay with images."""
@@ -89,6 +92,7 @@ BAD = {
     "too_few_to_hold_out": {"train_images": images(1, 4, 4)},
     "too_few_labels": {"train_images": GOOD, "train_labels": LABELS[1:]},
     "negative_labels": {"train_images": GOOD, "train_labels": LABELS - 1},
+    "labels_beyond_32_bits": {"train_images": GOOD, "train_labels": LABELS + 2**31},
     "float_labels": {"train_images": GOOD, "train_labels": LABELS / 2},
     "no_labels_at_all": {"train_images": images(0, 4, 4), "train_labels": LABELS[:0]},
     "labels_for_train_only": {"train_images": GOOD, "train_labels": LABELS, "test_images": GOOD},

@@ -275,6 +275,16 @@ class TestFileSet:
         assert found.labels is None
         np.testing.assert_array_equal(in_order(everything(found)), in_order(images))
 
+    def test_npz_of_guided_diffusion(self, tmp_path):
+        images, labels = np.zeros((3, 4, 4, 3), np.uint8), np.array([2, 0, 1])
+        np.savez(tmp_path / "file.npz", images, labels)
+        assert sorted(file_set(tmp_path / "file.npz").labels) == [0, 1, 2]
+
+    def test_other_arrays_of_an_npz_are_named(self, tmp_path):
+        np.savez(tmp_path / "file.npz", images=IMAGES, label=np.arange(3))
+        with pytest.warns(UserWarning, match="left out: label$"):
+            assert file_set(tmp_path / "file.npz").labels is None
+
     def test_npz_with_labels(self, tmp_path):
         """Each stays with its image, also where one image has two."""
         labels = np.array([2, 0, 1, 7, 8, 9], np.int32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from jax_ddpm.codecs.pixels import PICTURES
 from jax_ddpm.data.source import ArraySource
@@ -292,7 +293,25 @@ class TestImagesInFiles:
         with pytest.raises(UserError, match="moments of 5 and of 7 features"):
             measure_quality(what(samples=folder, reference=str(tmp_path / "train.npz")), ["fid"])
 
-    @pytest.mark.parametrize("shape", [(4, 4, 3), (4, 5, 1), (8, 8, 1)])
+    @pytest.mark.parametrize("kind", ["RGB", "P"])  # palettes of grays
+    @pytest.mark.parametrize("of", ["samples", "real"])
+    def test_gray_images_kept_in_colour_are_gray(self, what, folder, source, tmp_path, kind, of):
+        for i, image in enumerate(real(source, "train")):
+            save_png(tmp_path / "train" / f"{i:06}.png", image)
+        settings = {"samples": folder, "reference": str(tmp_path / "train")}
+        settings |= {"source": None, "trained": None}
+        expected = values(results(what(**settings), ["fid", "kid"]))
+        for path in (folder if of == "samples" else tmp_path / "train").iterdir():
+            Image.open(path).convert(kind).save(path)
+        found = values(results(what(**settings), ["fid", "kid"]))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    def test_images_in_colour_are_none(self, what, folder):
+        save_png(folder / "000000.png", np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+        with pytest.raises(UserError, match="of 8 of them 1 show more than grays"):
+            measure_quality(what(samples=folder), ["fid"])
+
+    @pytest.mark.parametrize("shape", [(4, 5, 3), (4, 5, 1), (8, 8, 1)])
     def test_real_images_of_another_size_are_refused(self, what, folder, tmp_path, shape):
         save_png(tmp_path / "real" / "0.png", np.zeros(shape, np.uint8))
         with pytest.raises(UserError, match="samples are 4×4×1, real images") as caught:

@@ -9,13 +9,25 @@ from jax_ddpm.data.contents import file_hashes
 from jax_ddpm.data.decode import FileInfo
 from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe, shortened
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small, too_many
-from jax_ddpm.data.source import ImageSize, Path, Source, image_spec, random_split
+from jax_ddpm.data.source import (
+    Channels,
+    ImageSize,
+    Path,
+    Source,
+    image_spec,
+    random_split,
+    warn_of_empty_classes,
+)
 from jax_ddpm.data.splits import is_split_name, splits_among
 from jax_ddpm.errors import UserError
 
 
-def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1) -> Source:
+def folder(
+    path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1, channels: Channels = 3
+) -> Source:
     """Colour images, cropped and resized to ``image_size``; 0: all have one size already.
+
+    With 1 ``channels`` they are gray.
 
     The folders of ``path`` that are called ``train`` and ``val`` or the like (``data.splits``) are
     the splits, and nothing beside them counts. Where none is held out, a random
@@ -30,6 +42,8 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
     if not root.is_dir():
         raise UserError(f"data.path: no folder {path!r}; give the path of a folder of images")
     files = list_images(root)
+    if not files:
+        raise UserError(f"{path}: no images there ({' '.join(SUFFIXES)})")
     folders = _split_folders(root, files)
     if folders:
         inside = {split: _below(folder, files) for split, folder in folders.items()}
@@ -46,30 +60,34 @@ def folder(path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1)
     if "heldout" in inside:
         splits = inside
     else:
-        splits = {
-            split: [inside["train"][i] for i in indices]
-            for split, indices in random_split(len(inside["train"]), heldout_fraction).items()
-        }
+        chosen = random_split(len(inside["train"]), heldout_fraction, path)
+        splits = {split: [inside["train"][i] for i in chosen[split]] for split in chosen}
+    if names:
+        warn_of_empty_classes(path, names, [labels[file] for file in splits["train"]])
 
     infos = _openable(root, [file for files in splits.values() for file in files], image_size)
     splits = {split: [file for file in files if file in infos] for split, files in splits.items()}
     for split, files in splits.items():
         if not files:
             raise UserError(
-                f"{path}: too few images for a {split} split; add more ({' '.join(SUFFIXES)})"
+                f"{path}: no images for the {split} split; add some ({' '.join(SUFFIXES)})"
             )
     contents = file_hashes(root, [*infos])
     _warn_of_copies(root, contents, **splits)
     num_bytes = {file: info.num_bytes for file, info in infos.items()}
-    described = f"{len(infos)}-files"
+    described, end = f"{len(infos)}-files", f"image-size-{image_size}"
+    if channels == 1:
+        end += "/gray"
+    elif all(info.gray for info in infos.values()):
+        warnings.warn(f"{path}: all images are gray; data.channels=1 keeps them so", stacklevel=2)
     size = one_size(root, infos, "set data.image_size to bring all to one size")
     spec = image_spec(
-        image_shape=(*size, 3),
+        image_shape=(*size, channels),
         num_levels=256,
         num_classes=len(names),
         split_sizes={split: len(files) for split, files in splits.items()},
-        identity=f"folder/{described}/contents-{_digest(contents)}/image-size-{image_size}",
-        formerly=f"folder/{described}/sha256-{_digest(num_bytes)}/image-size-{image_size}",
+        identity=f"folder/{described}/contents-{_digest(contents)}/{end}",
+        formerly=f"folder/{described}/sha256-{_digest(num_bytes)}/{end}",
         class_names=names,
     )
 
@@ -122,8 +140,29 @@ def _classes(
         return folders[level] if len(folders) > level else ""
 
     names = tuple(sorted({name(file) for file in train}))
+    if "" in names and len(names) > 2:
+        loose = [file for file in train if not name(file)]
+        warnings.warn(
+            f"{root}: no classes, as these are in no folder of a class: {shortened(loose)}; move "
+            "them into one, or remove them",
+            stacklevel=3,
+        )
+    inner = {file.split("/")[level + 1] for file in train if file.count("/") > level + 1}
+    if len(names) == 1 and len(inner) > 1:
+        warnings.warn(
+            f"{root}: no classes, as all images are in one folder, {names[0]}; give that by "
+            "data.path if the folders in it are classes",
+            stacklevel=3,
+        )
     if len(names) < 2 or "" in names:
         return (), {}
+    if all(map(str.isdecimal, names)) and [*map(int, names)] != [*range(len(names))]:
+        numbered = ", ".join(f"{i}: {name}" for i, name in enumerate(names[:12]))
+        warnings.warn(
+            f"{root}: classes are numbered in the order of their names as text, not by the "
+            f"numbers that they are called: {numbered}{', …' if len(names) > 12 else ''}",
+            stacklevel=3,
+        )
     if all(map(is_split_name, names)):
         raise UserError(
             f"{root}: {' and '.join(names)} by name are splits of a data set, not classes; give "

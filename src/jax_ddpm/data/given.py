@@ -1,13 +1,14 @@
 """Images that a user gives to be measured or edited: a file, a folder of them, or an ``.npz``."""
 
 import pathlib
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from jax_ddpm.data.decode import UnreadableError, decode
-from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe
+from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe, shortened
 from jax_ddpm.errors import UserError
 
 _REMEDY = "replace or remove it"
@@ -70,6 +71,8 @@ def are_files(path: pathlib.Path) -> bool:
 def given_arrays(path: pathlib.Path) -> GivenArrays:
     """Reads an ``.npz`` with uint8 ``images`` (or a single array of any name), perhaps ``labels``.
 
+    ``arr_0`` and ``arr_1`` are these too, as in the samples of guided-diffusion.
+
     Raises:
       UserError: naming the file and what is wrong with it.
     """
@@ -78,11 +81,15 @@ def given_arrays(path: pathlib.Path) -> GivenArrays:
             arrays = {name: stored[name] for name in stored.files}
     except Exception as error:  # zipfile raises anything on damaged bytes
         raise UserError(f"{path}: not a folder of images, an image nor a readable .npz") from error
+    if arrays.keys() == {"arr_0", "arr_1"}:  # as np.savez calls them, and others' samples
+        arrays = {"images": arrays["arr_0"], "labels": arrays["arr_1"]}
     images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
     shaped = images is not None and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
     if images is None or images.dtype != np.uint8 or not shaped:
         raise UserError(f"{path}: it must hold 'images', uint8 [n, height, width, 1 or 3]")
     labels = arrays.get("labels")
+    if others := arrays.keys() - {"images", "labels"} if len(arrays) > 1 else ():
+        warnings.warn(f"{path}: left out: {shortened([*others])}", stacklevel=2)
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise UserError(
             f"{path}: labels is {labels.dtype} {list(labels.shape)}; it must hold {len(images)} "

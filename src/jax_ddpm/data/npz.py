@@ -13,6 +13,7 @@ from jax_ddpm.data.source import ArraySource, Batch, ClassNames, Path, check_pai
 from jax_ddpm.errors import UserError
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_MOST_CLASSES = 1_000_000  # each has a row of numbers in the network
 
 
 def npz(path: Path, heldout_fraction: float = 0.1, class_names: ClassNames = ()) -> ArraySource:
@@ -48,9 +49,7 @@ def npz(path: Path, heldout_fraction: float = 0.1, class_names: ClassNames = ())
         splits = {"train": train, "heldout": _split(path, arrays, "test")}
         check_pair(path, **splits)
     else:
-        splits = hold_out(train, heldout_fraction)
-        if not all(len(split["image"]) for split in splits.values()):
-            raise UserError(f"{path}: too few images to hold some out; add more, or test_images")
+        splits = hold_out(train, heldout_fraction, path)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return ArraySource(splits, 256, f"npz/sha256-{digest}", class_names)
 
@@ -68,10 +67,12 @@ def _split(path: str, arrays: dict[str, np.ndarray], prefix: str) -> Batch:
     batch = {"image": images}
     if f"{prefix}_labels" in arrays:
         labels = arrays[f"{prefix}_labels"]
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+        whole = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+        if not whole or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
+            held = f" from {labels.min()} to {labels.max()}" if whole else ""
             raise UserError(
-                f"{path}: {prefix}_labels is {labels.dtype} {list(labels.shape)}; it must hold "
-                f"{len(images)} integers from 0 up"
+                f"{path}: {prefix}_labels is {labels.dtype} {list(labels.shape)}{held}; it must "
+                f"hold {len(images)} integers from 0 up to {_MOST_CLASSES - 1:,} at most"
             )
         batch["label"] = labels.astype(np.int32)
     return batch

@@ -2,16 +2,18 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
+from jax_ddpm.data.image_files import shortened
 from jax_ddpm.errors import UserError
 from jax_ddpm.options import Option, Unfit, Where, between
 
 Batch = dict[str, np.ndarray]
+_MOST_SHOWN = 12  # classes in a line
 
 # Options of sources. Those without a default must be given.
 Path = Annotated[
@@ -25,6 +27,10 @@ Name = Annotated[
 ]
 ImageSize = Annotated[
     int, Option("Resize and crop to a square; 0: as they are.", between(0, 2**14), default=0)
+]
+Channels = Annotated[
+    int,
+    Option("Of images: 3, colour, or 1, gray.", Where(lambda x: x in (1, 3), "1 or 3"), default=3),
 ]
 ClassNames = Annotated[
     tuple[str, ...],
@@ -90,6 +96,14 @@ class Spec(NamedTuple):
         """The names of the classes, or their numbers as text."""
         names = self.fields["label"].names if "label" in self.fields else ()
         return names or tuple(map(str, range(self.num_classes)))
+
+    def classes(self) -> str:
+        """The classes in words, with their numbers if they have names."""
+        if not self.num_classes or not self.fields["label"].names:
+            return f"{self.num_classes} classes"
+        numbered = [f"{number}: {name}" for number, name in enumerate(self.class_names)]
+        more = ["…"] * (len(numbered) > _MOST_SHOWN)
+        return f"{self.num_classes} classes ({', '.join([*numbered[:_MOST_SHOWN], *more])})"
 
     @property
     def example_bytes(self) -> int:
@@ -193,6 +207,8 @@ class ArraySource:
         self.spec = Spec(
             fields, {name: len(split["image"]) for name, split in splits.items()}, identity
         )
+        if num_classes:
+            warn_of_empty_classes(identity, self.spec.class_names, splits["train"]["label"])
 
     def arrays(self, split: str) -> Batch:
         """The whole split."""
@@ -202,22 +218,45 @@ class ArraySource:
         return {name: array[indices] for name, array in self._splits[split].items()}
 
 
-def random_split(count: int, fraction: float) -> dict[str, Int[np.ndarray, " n"]]:
+def random_split(
+    count: int, fraction: float, where: str = "data"
+) -> dict[str, Int[np.ndarray, " n"]]:
     """The training and the held-out examples among ``count``.
 
     They are random and always the same: ``RandomState`` has a frozen stream (NEP 19).
+
+    Raises:
+      UserError: naming ``where``, if one of the two is empty.
     """
     order = np.random.RandomState(0).permutation(count)
     held_out, train = np.split(order, [round(count * fraction)])
+    if not len(held_out) or not len(train):
+        raise UserError(
+            f"{where}: {count} are too few images to hold out data.heldout_fraction={fraction:g} "
+            f"of them; {'lower' if len(held_out) else 'raise'} it, or add images"
+        )
     return {"train": train, "heldout": held_out}
 
 
-def hold_out(batch: Batch, fraction: float) -> dict[str, Batch]:
+def hold_out(batch: Batch, fraction: float, where: str = "data") -> dict[str, Batch]:
     """Splits arrays with ``random_split``."""
     return {
         split: {name: array[indices] for name, array in batch.items()}
-        for split, indices in random_split(len(batch["image"]), fraction).items()
+        for split, indices in random_split(len(batch["image"]), fraction, where).items()
     }
+
+
+def warn_of_empty_classes(
+    where: str, names: Sequence[str], labels: Int[np.ndarray, " n"] | list[int]
+) -> None:
+    """Names the classes that none of the training labels is of."""
+    counts = np.bincount(labels, minlength=len(names))
+    if empty := [name for name, count in zip(names, counts, strict=True) if not count]:
+        warnings.warn(
+            f"{where}: of {len(names)} classes, none of the training images is of "
+            f"{shortened(empty)}; the model cannot learn them",
+            stacklevel=3,
+        )
 
 
 def check_pair(path: str, train: Batch, heldout: Batch) -> None:

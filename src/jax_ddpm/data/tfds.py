@@ -45,10 +45,10 @@ def tfds(
     if "heldout" in stored:
         rows = {split: np.arange(sizes[stored[split]]) for split in stored}
     else:
-        rows = random_split(sizes[stored["train"]], heldout_fraction)
+        rows = random_split(sizes[stored["train"]], heldout_fraction, f"data.name: {name!r}")
         stored["heldout"] = stored["train"]
     if not all(map(len, rows.values())):
-        raise UserError(f"data.name: {name!r} has too few images to hold some out")
+        raise UserError(f"data.name: {name!r} has a split without images; prepare it anew")
     shape, names = _features(name, info, image_size)
     records = {split: _records(name, builder, stored[split]) for split in rows}
     split_sizes = {split: len(chosen) for split, chosen in rows.items()}

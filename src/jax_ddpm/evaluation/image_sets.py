@@ -19,6 +19,7 @@ from jax_ddpm.data.contents import file_hashes
 from jax_ddpm.data.given import are_files, given_arrays, given_files
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
+from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.result_cache import Arrays, ResultCache
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.stopping import Poll, never
@@ -137,6 +138,26 @@ def _shuffled(digests: list[bytes]) -> Int[np.ndarray, " n"]:
         seen[digest] += 1
         ranks.append(hashlib.sha256(digest + str(seen[digest]).encode()).digest())
     return np.array(sorted(range(len(ranks)), key=ranks.__getitem__))
+
+
+def as_gray(images: ImageSet) -> ImageSet:
+    """Gray images that are kept in colour: its channels are all the same.
+
+    Raises:
+      UserError: from ``read``, where an image shows colour.
+    """
+
+    def read(index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 1"]:
+        found = images.read(index)
+        coloured = np.any(found != found[..., :1], axis=(1, 2, 3)).sum()
+        if coloured:
+            raise UserError(
+                f"images in colour are compared with gray ones: of {len(index)} of them {coloured} "
+                "show more than grays; bring both to one kind"
+            )
+        return found[..., :1]
+
+    return dataclasses.replace(images, identity=images.identity | {"read_as": "gray"}, read=read)
 
 
 def noised(images: ImageSet, std: int) -> ImageSet:

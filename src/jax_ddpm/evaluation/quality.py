@@ -14,7 +14,14 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.distances import nearest
 from jax_ddpm.evaluation.extractors import make_extractor
 from jax_ddpm.evaluation.features import Extractor, FeatureSet, extract
-from jax_ddpm.evaluation.image_sets import ImageSet, file_set, noised, sample_set, split_set
+from jax_ddpm.evaluation.image_sets import (
+    ImageSet,
+    as_gray,
+    file_set,
+    noised,
+    sample_set,
+    split_set,
+)
 from jax_ddpm.evaluation.metrics import METRICS, Protocol, Result, check_possible, combine
 from jax_ddpm.evaluation.reference import holds_moments, load_moments, reference_of
 from jax_ddpm.inference.trained import Trained
@@ -77,9 +84,13 @@ def measure_quality(
     """
     files = file_set(what.samples) if what.samples is not None else None
     shape = files.shape() if files else what.model().spec.image_shape
+    if _real_images_are_gray(what):
+        shape = (*shape[:2], 1)
     extractor = make_extractor(what.extractor, shape)
 
     def features(images: ImageSet, count: int) -> FeatureSet:
+        if images.shape() == (*shape[:2], 3) and shape[2] == 1:
+            images = as_gray(images)
         if images.shape() != shape:
             raise UserError(
                 f"samples are {_text(shape)}, real images {_text(images.shape())}: bring both to "
@@ -175,6 +186,16 @@ def _real_set(what: Evaluation, reference: str) -> ImageSet:
         return file_set(pathlib.Path(reference))
     assert what.source is not None
     return split_set(what.source, reference)
+
+
+def _real_images_are_gray(what: Evaluation) -> bool:
+    """Whether samples must be gray to be compared with them."""
+    path = pathlib.Path(what.reference)
+    if what.source is not None:
+        return what.source.spec.image_shape[-1] == 1
+    if what.reference in ("train", "heldout") or holds_moments(path):
+        return False
+    return file_set(path).shape()[-1] == 1
 
 
 def _calibration_sets(what: Evaluation, count: int) -> dict[str, ImageSet]:

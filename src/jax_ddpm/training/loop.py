@@ -230,6 +230,6 @@ def describe(params: dict[str, Any], source: Source, mesh: Mesh, done: int) -> s
     begin = f"going on after step {done:,}; " if done else ""
     return (
         f"{count:,} parameters on {mesh.size} × {device.device_kind}; {spec.identity}: "
-        f"{spec.split_sizes['train']:,} images of {height}×{width}×{channels}; "
+        f"{spec.split_sizes['train']:,} images of {height}×{width}×{channels}, {spec.classes()}; "
         f"{begin}compiling the first step …"
     )

@@ -99,7 +99,7 @@ class Preflight:
         seconds = time.perf_counter() - start
         return (
             f"{spec.identity}: {sizes}, {'×'.join(map(str, spec.image_shape))}, "
-            f"{spec.num_classes} classes; opened, and a batch read, in {seconds:.1f} s"
+            f"{spec.classes()}; opened, and a batch read, in {seconds:.1f} s"
         )
 
     def parameters(self) -> str:

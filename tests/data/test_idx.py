@@ -1,5 +1,6 @@
 import gzip
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -92,6 +93,26 @@ BAD_FILES = {
     "cut_gzip": (f"{TRAIN_IMAGES}.gz", cut_gzip(GOOD)),
     "damaged_gzip": (f"{TRAIN_IMAGES}.gz", damaged_gzip(GOOD)),
 }
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_no_more_is_unpacked_than_the_header_says(folder, suffix):
+    """A small file can unpack to any size."""
+    content = encoded(IMAGES["train"]) + bytes(2**26)
+    (folder / TRAIN_IMAGES).unlink()
+    path = folder / f"{TRAIN_IMAGES}{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    tracemalloc.start()
+    assert f"{path}: has more bytes of data for the shape [20, 5, 4]" in the_error(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_a_header_that_claims_more_than_all_memory(folder):
+    header = struct.pack(">4I", 0x0803, 2**31, 2**15, 2**15)
+    (folder / TRAIN_IMAGES).write_bytes(header + bytes(100))
+    assert "GiB, more than this machine's memory" in the_error(folder)
 
 
 def the_error(path):

@@ -1,6 +1,9 @@
+import zipfile
+
 import numpy as np
 import pytest
 
+from jax_ddpm.data import arrays
 from jax_ddpm.data.npz import npz
 from jax_ddpm.data.source import image_spec
 from jax_ddpm.errors import UserError
@@ -158,10 +161,39 @@ def corrupted(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("make", [not_there, a_folder, empty, text, npy, cut_short, corrupted])
+def encrypted(path):
+    """As its flags say; what it holds does not matter then."""
+    np.savez(path, train_images=GOOD)
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1
+    path.write_bytes(content)
+
+
+def lying(path):
+    """Its array says that it is of a terabyte."""
+    np.savez(path, train_images=GOOD)
+    with zipfile.ZipFile(path) as archive:
+        stored = archive.read("train_images.npy")
+    content = stored.replace(b"(20, 4, 4), }    ", b"(1099511627776,)}")
+    assert content != stored
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train_images.npy", content)
+
+
+UNREADABLE = [not_there, a_folder, empty, text, npy, cut_short, corrupted]
+
+
+@pytest.mark.parametrize("make", [*UNREADABLE, encrypted, lying])
 def test_unreadable_files_are_one_line_naming_the_file(tmp_path, make):
     path = tmp_path / "set.npz"
     make(path)
     message = the_error(str(path))
     assert str(path) in message
     assert "\n" not in message
+
+
+def test_arrays_larger_than_memory_are_not_unpacked(save, monkeypatch):
+    path = save(train_images=GOOD)
+    monkeypatch.setattr(arrays, "_memory", lambda: GOOD.nbytes - 1)
+    assert "more than this machine's memory" in the_error(path)

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from jax_ddpm.config import default
 from jax_ddpm.data.source import ArraySource, Field, hold_out, image_spec
-from jax_ddpm.options import Unfit
+from jax_ddpm.data.table import SOURCES
+from jax_ddpm.options import Unfit, of
 
 
 def test_the_spec_of_an_array_source_says_what_its_batches_hold():
@@ -47,6 +49,16 @@ def test_classes_are_called_by_their_names_or_else_by_their_numbers():
     spec = ArraySource(splits, 256, "black", names).spec
     assert spec.class_names == names
     assert spec == image_spec((2, 2, 1), 256, 3, {"train": 3}, "black", names)
+
+
+@pytest.mark.parametrize("source", ["folder", "npz", "tfds"])
+def test_the_part_to_hold_out_is_a_field_of_the_config(source):
+    """A message that images are too few names it."""
+    option = of(SOURCES[source])["heldout_fraction"]
+    assert (option.default, default().data.heldout_fraction) == (0.1, 0.1)
+    for wrong in (0, 1, 1.5):
+        with pytest.raises(Unfit, match="between 0 and 1"):
+            option.check("heldout_fraction", wrong)
 
 
 @pytest.mark.parametrize("names", [("coal",), ("coal", "ink", "night", "soot")])

@@ -141,6 +141,20 @@ class TestKeeping:
         (tmp_path / "data.json").write_text(stored)
         assert load_identity(tmp_path)[1] == tiny.spec(num_classes=num_classes)
 
+    @pytest.mark.parametrize("place", ["before", "label", "image", "split"])
+    def test_numbers_that_are_missing_are_no_zeros(self, tmp_path, place):
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        stored = json.loads((tmp_path / "data.json").read_text())
+        if place == "before":
+            stored = FLAT_SPEC | {"num_classes": None}
+        elif place == "split":
+            stored["split_sizes"]["train"] = None
+        else:
+            stored["fields"][place]["num_values"] = None
+        (tmp_path / "data.json").write_text(json.dumps(stored))
+        with pytest.raises(UserError, match="is damaged"):
+            load_identity(tmp_path)
+
     @pytest.mark.parametrize("field", FIELDS)
     def test_every_field_is_kept(self, tmp_path, field):
         save_identity(tmp_path, changed(field), tiny.spec())

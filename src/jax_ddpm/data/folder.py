@@ -11,6 +11,7 @@ from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe, sh
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small, too_many
 from jax_ddpm.data.source import (
     Channels,
+    HeldoutFraction,
     ImageSize,
     Path,
     Source,
@@ -23,7 +24,10 @@ from jax_ddpm.errors import UserError
 
 
 def folder(
-    path: Path, image_size: ImageSize = 0, heldout_fraction: float = 0.1, channels: Channels = 3
+    path: Path,
+    image_size: ImageSize = 0,
+    heldout_fraction: HeldoutFraction = 0.1,
+    channels: Channels = 3,
 ) -> Source:
     """Colour images, cropped and resized to ``image_size``; 0: all have one size already.
 

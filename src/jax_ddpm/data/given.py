@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jax_ddpm.data.arrays import read_npz
 from jax_ddpm.data.decode import UnreadableError, decode
 from jax_ddpm.data.image_files import SUFFIXES, list_images, one_size, probe, shortened
 from jax_ddpm.errors import UserError
@@ -77,10 +78,11 @@ def given_arrays(path: pathlib.Path) -> GivenArrays:
       UserError: naming the file and what is wrong with it.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except Exception as error:  # zipfile raises anything on damaged bytes
-        raise UserError(f"{path}: not a folder of images, an image nor a readable .npz") from error
+        arrays = read_npz(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not a folder of images, an image nor a readable .npz ({error})"
+        ) from error
     if arrays.keys() == {"arr_0", "arr_1"}:  # as np.savez calls them, and others' samples
         arrays = {"images": arrays["arr_0"], "labels": arrays["arr_1"]}
     images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 
+from jax_ddpm.data.arrays import require_room
 from jax_ddpm.data.source import ArraySource, Batch, ClassNames, Path, check_pair
 from jax_ddpm.errors import UserError
 
@@ -52,22 +53,23 @@ def _read(folder: pathlib.Path, name: str, ndim: int) -> np.ndarray:
             "MNIST's page, yann.lecun.com/exdb/mnist"
         )
     try:
-        content = file.read_bytes()
-        if file.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+            header = opened.read(4 + 4 * ndim)
+            if header[:4] != bytes([0, 0, 8, ndim]):
+                raise UserError(
+                    f"{file}: not IDX data of bytes in {ndim} {'axis' if ndim == 1 else 'axes'} "
+                    f"(begins with {header[:4].hex(' ') or 'nothing'}); copy or download it again"
+                )
+            shape = [int.from_bytes(header[i : i + 4]) for i in range(4, len(header), 4)]
+            size = math.prod(shape)
+            require_room(size)
+            data = opened.read(size + 1)  # no more, however much it would unpack to
+    except (OSError, EOFError, zlib.error, ValueError, MemoryError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy or download it again") from error
 
-    if content[:4] != bytes([0, 0, 8, ndim]):
+    if len(shape) != ndim or len(data) != size or not data:
+        held = "more" if len(data) > size else f"{len(data):,}"
         raise UserError(
-            f"{file}: not IDX data of bytes in {ndim} {'axis' if ndim == 1 else 'axes'} (begins "
-            f"with {content[:4].hex(' ') or 'nothing'}); copy or download it again"
-        )
-    header, data = content[: 4 + 4 * ndim], content[4 + 4 * ndim :]
-    shape = [int.from_bytes(header[i : i + 4]) for i in range(4, len(header), 4)]
-    if len(shape) != ndim or len(data) != math.prod(shape) or not data:
-        raise UserError(
-            f"{file}: has {len(data)} bytes of data for the shape {shape}; copy or download it "
-            "again"
+            f"{file}: has {held} bytes of data for the shape {shape}; copy or download it again"
         )
     return np.frombuffer(data, np.uint8).reshape(shape)

@@ -3,20 +3,29 @@
 import hashlib
 import pathlib
 import warnings
-import zipfile
-import zlib
 
 import numpy as np
 
+from jax_ddpm.data.arrays import read_npz
 from jax_ddpm.data.image_files import shortened
-from jax_ddpm.data.source import ArraySource, Batch, ClassNames, Path, check_pair, hold_out
+from jax_ddpm.data.source import (
+    ArraySource,
+    Batch,
+    ClassNames,
+    HeldoutFraction,
+    Path,
+    check_pair,
+    hold_out,
+)
 from jax_ddpm.errors import UserError
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _MOST_CLASSES = 1_000_000  # each has a row of numbers in the network
 
 
-def npz(path: Path, heldout_fraction: float = 0.1, class_names: ClassNames = ()) -> ArraySource:
+def npz(
+    path: Path, heldout_fraction: HeldoutFraction = 0.1, class_names: ClassNames = ()
+) -> ArraySource:
     """Images ``train_images`` uint8 ``[n, h, w]`` or ``[n, h, w, c]``, optionally ``train_labels``.
 
     ``test_images`` (and ``test_labels``) become the held-out split; without them a random
@@ -30,11 +39,9 @@ def npz(path: Path, heldout_fraction: float = 0.1, class_names: ClassNames = ())
     if not file.is_file():
         raise UserError(f"data.path: no file {path!r}; give the path of an .npz file")
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a readable .npz file ({reason})") from error
+        arrays = read_npz(file)
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable .npz file ({error})") from error
 
     if "train_images" not in arrays:
         found = ", ".join(arrays) or "nothing"

@@ -28,6 +28,14 @@ Name = Annotated[
 ImageSize = Annotated[
     int, Option("Resize and crop to a square; 0: as they are.", between(0, 2**14), default=0)
 ]
+HeldoutFraction = Annotated[
+    float,
+    Option(
+        "Part of the images to hold out at random, where they have no split of their own.",
+        Where(lambda value: 0 < value < 1, "between 0 and 1"),
+        default=0.1,
+    ),
+]
 Channels = Annotated[
     int,
     Option("Of images: 3, colour, or 1, gray.", Where(lambda x: x in (1, 3), "1 or 3"), default=3),

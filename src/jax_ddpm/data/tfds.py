@@ -15,13 +15,21 @@ import numpy as np
 from jax_ddpm.data.contents import file_hashes
 from jax_ddpm.data.image_files import shortened
 from jax_ddpm.data.lazy import Encoded, LazySource, keep_if_small
-from jax_ddpm.data.source import ImageSize, Name, Path, Source, image_spec, random_split
+from jax_ddpm.data.source import (
+    HeldoutFraction,
+    ImageSize,
+    Name,
+    Path,
+    Source,
+    image_spec,
+    random_split,
+)
 from jax_ddpm.data.splits import splits_among
 from jax_ddpm.errors import UserError
 
 
 def tfds(
-    name: Name, path: Path = "", image_size: ImageSize = 0, heldout_fraction: float = 0.1
+    name: Name, path: Path = "", image_size: ImageSize = 0, heldout_fraction: HeldoutFraction = 0.1
 ) -> Source:
     """The feature ``image``, gray or colour, and the classes of ``label`` if it is a ClassLabel.
 

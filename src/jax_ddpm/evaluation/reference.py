@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_ddpm.data.arrays import read_npz
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.features import Extractor, FeatureSet
 from jax_ddpm.evaluation.frechet import Moments
@@ -61,8 +62,7 @@ def load_moments(path: pathlib.Path, extractor: Extractor) -> Reference:
       UserError: where the file has none, or another extractor made them.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = read_npz(path)
         mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
         count = int(arrays["count"]) if "count" in arrays else None
         known = {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "count": count}
@@ -71,7 +71,7 @@ def load_moments(path: pathlib.Path, extractor: Extractor) -> Reference:
             record = json.loads(str(arrays["record"]))
             known, made_with = dict(record["reference"]), record["extractor"]
         maker = _text(made_with)
-    except Exception as error:  # zipfile can raise anything on damaged bytes
+    except Exception as error:  # a record of others can be anything
         raise UserError(
             f"--reference={path}: not statistics; it needs arrays 'mu' and 'sigma', as "
             "--mode=fid_stats writes them"

@@ -7,6 +7,7 @@ has no checkpoint yet.
 import contextlib
 import json
 import math
+import operator
 import pathlib
 import re
 import warnings
@@ -161,7 +162,7 @@ def to_json(spec: Spec) -> dict[str, Any]:
 
 def _from_json(stored: dict[str, Any]) -> Spec:
     if "fields" not in stored:  # from before a source could hold more than images and labels
-        spec = image_spec(**stored)
+        spec = image_spec(**stored | {"num_classes": operator.index(stored["num_classes"])})
     else:
         fields = {
             name: Field(**field | {"shape": tuple(field["shape"]), "names": tuple(field["names"])})
@@ -170,6 +171,9 @@ def _from_json(stored: dict[str, Any]) -> Spec:
         spec = Spec(**stored | {"fields": fields})
     if len(spec.fields["image"].shape) != 3:
         raise ValueError("no images")
+    sizes = [size for field in spec.fields.values() for size in (field.num_values, *field.shape)]
+    if any(operator.index(size) < 0 for size in [*sizes, *spec.split_sizes.values()]):
+        raise ValueError("a size below 0")
     return spec
 
 

@@ -12,7 +12,7 @@ from jax_ddpm.diffusion.process import per_example_normal
 from jax_ddpm.diffusion.samplers.scan import Snapshots
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
-from jax_ddpm.generate import Generator
+from jax_ddpm.generate import Diverged, Generator, require_finite
 from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.models.network import Network
 from jax_ddpm.runtime.devices import make_mesh
@@ -149,6 +149,41 @@ def test_grids_have_a_column_for_each_class_up_to_ten(num_classes, columns):
     model = tiny.model(tiny.config(model__class_conditional=True), data)
     heads = () if num_classes > 10 else data.class_names
     assert Generator(model, 4, mesh()).layout(100) == (columns, heads)
+
+
+class TestNotFinite:
+    """Outputs that are not finite are no images; those that are not are named."""
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("part", ["x", "x0"])
+    def test_examples_are_named_by_their_numbers(self, bad, part):
+        moments = {"x": np.zeros((3, 4, *SHAPE)), "x0": np.zeros((3, 4, *SHAPE))}
+        require_finite(moments, "samples", axis=1, first=8)
+        moments[part][1, 2, 0, 0, 0] = bad
+        moments[part][2, 3, 3, 3, 0] = bad
+        with pytest.raises(Diverged, match=r"^samples are not finite: 10, 11; .*--checkpoint_step"):
+            require_finite(moments, "samples", axis=1, first=8)
+
+    def test_the_rest_of_many_is_counted(self):
+        with pytest.raises(UserError, match="finite: 0, 1, 2, 3, 4 and 1,195 more;"):
+            require_finite(np.full((1200, 2), np.nan), "samples")
+
+    def test_states_that_are_whole_numbers_are(self):
+        require_finite(np.zeros((2, 3), np.int32), "samples")
+
+    def test_are_refused_batch_by_batch(self, generator, params, monkeypatch):
+        run = generator._run
+
+        def diverging(denoiser, key, index, asked):
+            return jax.tree.map(
+                lambda x: np.where(np.array(index)[:, None, None, None] == 9, np.nan, x),
+                run(denoiser, key, index, asked),
+            )
+
+        monkeypatch.setattr(generator, "_run", diverging)
+        assert len(generator(params, 0, 8)) == 8
+        with pytest.raises(Diverged, match=r"^samples of seed 5 are not finite: 9;"):
+            generator(params, 5, 12)
 
 
 class TestDraw:

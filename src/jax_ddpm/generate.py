@@ -11,6 +11,7 @@ from jaxtyping import Int, Shaped
 from jax_ddpm.conditions.condition import NO_REQUEST
 from jax_ddpm.diffusion.denoiser import Conditioning
 from jax_ddpm.diffusion.samplers.scan import Snapshots, sample
+from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.keys import Stream, example_keys, seed_key, stream_key
 from jax_ddpm.runtime.devices import compile_over, place, round_up, split, whole
@@ -18,6 +19,29 @@ from jax_ddpm.runtime.pipeline import run_ahead
 from jax_ddpm.runtime.stopping import Poll, never
 
 _MAX_COLUMNS = 10
+_NAMED = 5  # of the examples that are not finite
+
+
+class Diverged(UserError):
+    """A model's outputs are not finite, and thus no images."""
+
+
+def require_finite(outputs: Any, name: str, *, axis: int = 0, first: int = 0) -> None:
+    """Checks arrays before they become images, where NaN would be black and infinity white.
+
+    Raises:
+      Diverged: naming the examples along ``axis``, counted from ``first``, that are not finite.
+    """
+    whole = [np.isfinite(np.moveaxis(x, axis, 0)) for x in jax.tree.leaves(outputs)]
+    sound = np.logical_and.reduce([x.reshape(len(x), -1).all(axis=1) for x in whole])
+    bad = np.flatnonzero(~sound) + first
+    if bad.size:
+        listed = ", ".join(map(str, bad[:_NAMED]))
+        more = f" and {bad.size - _NAMED:,} more" if bad.size > _NAMED else ""
+        raise Diverged(
+            f"{name} are not finite: {listed}{more}; the parameters have diverged, or the sampler "
+            "overflows: give an earlier --checkpoint_step, or another --sampler"
+        )
 
 
 class Generator:
@@ -61,6 +85,9 @@ class Generator:
         """The samples ``start, …, start + batch_size - 1`` of the seed for each start, on the host.
 
         Batches and ``poll`` are those of ``run_ahead``.
+
+        Raises:
+          Diverged: naming samples of a batch, at whatever moment they are not finite.
         """
         model, key = self._model, seed_key(seed)
         denoiser = place(model.guided_denoiser(params), whole(self._mesh))
@@ -69,7 +96,9 @@ class Generator:
             index = np.arange(start, start + self.batch_size, dtype=np.int32)
             return self._run(denoiser, key, index, self.asked(index, request))
 
-        return run_ahead(launch, starts, poll)
+        for start, drawn in run_ahead(launch, starts, poll):
+            require_finite(drawn, f"samples of seed {seed}", axis=1, first=start)
+            yield start, drawn
 
     def __call__(
         self,

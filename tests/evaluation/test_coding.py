@@ -16,6 +16,7 @@ from jax_ddpm.data.source import ArraySource
 from jax_ddpm.diffusion.chain import Chain
 from jax_ddpm.diffusion.process import q_sample
 from jax_ddpm.diffusion.schedules import make_betas
+from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.coding import (
     Sender,
     decoding_picture,
@@ -346,6 +347,15 @@ class TestDrawCoding:
         assert first != second
         if labels[0] is not None:
             assert labels[first] == labels[second]
+
+    def test_what_is_not_finite_is_not_drawn(self, source, pairs, tmp_path):
+        trained = make_trained(source)
+        trained.params = jax.tree.map(lambda x: np.full_like(x, np.nan), trained.params)
+        with pytest.raises(
+            UserError, match=r"^cells of the picture of decoding are not finite: 1[23]"
+        ):
+            draw_coding(trained, source, "heldout", tmp_path / "run")
+        assert not [*tmp_path.iterdir()]
 
     def test_of_colour_images(self, tmp_path, pairs):
         source = make_source([None] * 5, channels=3)

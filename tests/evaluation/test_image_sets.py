@@ -95,6 +95,13 @@ class TestSampleSet:
         assert number <= found.count < number + whole
         np.testing.assert_array_equal(everything(found), expected)
 
+    def test_of_a_diverged_model_is_none(self, model, tmp_path, monkeypatch):
+        broken = jax.tree.map(lambda x: np.full_like(x, np.nan), model.params)
+        monkeypatch.setattr(model, "params", broken)
+        with pytest.raises(UserError, match=r"^samples of seed 3 are not finite: 0, 1"):
+            sample_set(model, 3, 8, 4, tmp_path)
+        assert not [*tmp_path.rglob("*.npz")]
+
     def test_an_image_does_not_depend_on_the_batches(self, model, tmp_path, monkeypatch):
         expected = model.sample(12).astype(int)
         for size in (4, 8, 12):

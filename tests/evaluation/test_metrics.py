@@ -1,5 +1,7 @@
 """Metrics by name: what each is called, takes and refuses, and results over seeds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -115,6 +117,15 @@ def test_only_inceptions_bear_the_known_names(extractor):
     assert names == (
         known if extractor == "inception" else {f"{n}/{extractor}" for n in ("fd", "kd", "is")}
     )
+
+
+def test_agreement_by_logits_that_are_not_finite_is_refused():
+    """Of NaN, the first class is the largest."""
+    *others, last = SAMPLES.batches()
+    broken = [*others, last._replace(logits=np.full_like(last.logits, np.nan))]
+    samples = dataclasses.replace(SAMPLES, batches=lambda: iter(broken))
+    with pytest.raises(UserError, match="values of the logits are not finite"):
+        METRICS["agreement"].measure(samples, protocol("classifier"))
 
 
 class TestCheckPossible:

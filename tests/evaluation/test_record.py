@@ -148,6 +148,16 @@ def test_round_trip(write):
     assert load_record(write("a")) == RECORD
 
 
+@pytest.mark.parametrize("bad", [float("nan"), np.float64("inf")])
+def test_what_is_not_finite_is_not_written(write, tmp_path, bad):
+    def change(record):
+        record["measured"]["fid"]["result"] = {"value": bad}
+
+    with pytest.raises(UserError, match=r"not written, for measured\.fid\.result\.value "):
+        write("a", change)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_numbers_of_numpy_become_json(write):
     def change(record):
         record["measured"]["fid"]["result"] = {"value": np.float64(3.5), "std": np.float64(0.25)}

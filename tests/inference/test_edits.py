@@ -328,6 +328,18 @@ def test_in_batches_of_nothing_is_refused(model, files):
         edit_images(model, request, batch_size=-1)
 
 
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", ["out.png", "out.npz"])
+def test_what_is_not_finite_is_not_written(make, files, tmp_path, edit, name):
+    """Not even where clipping makes numbers of infinity."""
+    model = make(sampling__clip=False)
+    model.params = jax.tree.map(lambda x: np.full_like(x, np.nan), model.params)
+    kind = "pairs" if edit == "interpolate" else "images"
+    with pytest.raises(UserError, match=f"^edits of {kind} are not finite: 0, 1"):
+        write_edits(model, tmp_path / name, request_for(files, edit))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_arrays_are_edited_like_the_files_that_hold_them(model, files, tmp_path):
     expected = edited(model, tmp_path, request_for(files, "inpaint"))
     found = edit_images(model, Request("inpaint", pixels(files), num_samples=3, mask=~KEPT))

@@ -597,6 +597,13 @@ class TestRefusals:
         monkeypatch.chdir(tmp_path)
         assert "not empty" in self.refuses(model, pathlib.Path("."))
 
+    @pytest.mark.parametrize("name", ["folder", "x.npz", "x.png", "x.gif"])
+    def test_of_a_diverged_model(self, make, tmp_path, name):
+        """NaN would be black."""
+        with pytest.raises(UserError, match=r"^samples of seed 0 are not finite: 0, 1, 2, 3;"):
+            write_samples(make(shift=np.nan), tmp_path / name, 7)
+        assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".npz", ".gif")]
+
     @pytest.mark.parametrize(
         ("name", "moments"),
         [("folder", 2), ("x.npz", 2), ("x.png", 9), ("x.png", 100), ("x.gif", 9)],

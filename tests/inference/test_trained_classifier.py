@@ -11,7 +11,7 @@ import tiny
 import jax_ddpm
 from jax_ddpm import factory
 from jax_ddpm.errors import UserError
-from jax_ddpm.inference.trained_classifier import load_classifier
+from jax_ddpm.inference.trained_classifier import TrainedClassifier, load_classifier
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.identity import save_identity
 from jax_ddpm.training.loop import train
@@ -99,6 +99,14 @@ class TestRefusals:
             averages = {"network": {"gain": jnp.ones(1)}}
             checkpoints.save(1, {"ema": averages}, tiny.config(), {})
         assert "holds no classifier" in self.refuses(load_classifier, tmp_path)
+
+    def test_of_one_that_has_diverged(self, classifier):
+        """Of NaN, the first class is the largest."""
+        broken = jax.tree.map(lambda x: np.full_like(x, np.nan), classifier.params)
+        with pytest.raises(UserError, match="logits are not finite"):
+            TrainedClassifier(
+                classifier.config, classifier.spec, 4, broken, factory.make_source(CONFIG)
+            )
 
     def test_of_a_run_without_checkpoints(self, tmp_path):
         save_identity(tmp_path, CONFIG, tiny.spec())

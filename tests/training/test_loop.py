@@ -13,6 +13,7 @@ import tiny
 from jax_ddpm import factory
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.errors import UserError
+from jax_ddpm.generate import Diverged, Generator
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runtime.stopping import Stopped
 from jax_ddpm.training.loop import train
@@ -275,6 +276,30 @@ def test_what_it_advises_after_such_a_step_works(run, tmp_path, stopped):
     run(tmp_path, **keep)
     assert checkpoint.steps(tmp_path) == [NUM_STEPS]
     assert all(np.isfinite(line["loss"]) for line in log(tmp_path) if "loss" in line)
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_and_the_run_goes_on(
+    run, finished, tmp_path, monkeypatch, capfd
+):
+    """Only the last one, of the model that is kept, is a mistake."""
+    draw, calls = Generator.__call__, []
+
+    def diverging(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) in (2, 3):
+            raise Diverged("samples of seed 0 are not finite: 4")
+        return draw(*arguments, **named)
+
+    monkeypatch.setattr(Generator, "__call__", diverging)
+    with pytest.raises(UserError, match="not finite: 4"):
+        run(tmp_path)
+    assert "no picture of step 4: samples of seed 0 are not finite: 4" in capfd.readouterr().err
+    assert sorted(pictures(tmp_path)) == ["step_0000002.png"]
+    run(tmp_path)
+    without = pictures(finished)
+    del without["step_0000004.png"]
+    assert pictures(tmp_path) == without
+    assert log(tmp_path) == log(finished)
 
 
 def test_a_full_disk_is_one_line_and_harms_nothing(run, finished, tmp_path, monkeypatch):

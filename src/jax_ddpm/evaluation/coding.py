@@ -19,6 +19,7 @@ from jax_ddpm.diffusion.process import Process, noise_between
 from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.grid import to_clean
 from jax_ddpm.diffusion.samplers.scan import sample
+from jax_ddpm.generate import require_finite
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
 
@@ -129,9 +130,11 @@ def draw_coding(trained: Trained, source: Source, split: str, stem: pathlib.Path
     given = trained.model.conditions.given(batch)
     decoding = decoding_picture(trained, x0[:4], jax.tree.map(lambda x: x[:4], given))
     columns = len(decoding) // (2 * len(x0[:4]))
-    decode = trained.model.codec.decode
-    images.save_grid(stem.with_name(f"{stem.name}_decoding.png"), decode(decoding), columns)
     pair = np.resize(np.flatnonzero(labels == np.bincount(labels).argmax()), 2)
     first = jax.tree.map(lambda x: x[pair[:1]], given)
     rows = interpolation_picture(trained, x0[pair], first)
+    require_finite(decoding, "cells of the picture of decoding")
+    require_finite(rows, "cells of the picture of interpolation")
+    decode = trained.model.codec.decode
+    images.save_grid(stem.with_name(f"{stem.name}_decoding.png"), decode(decoding), columns)
     images.save_grid(stem.with_name(f"{stem.name}_interpolation.png"), decode(rows), columns=9)

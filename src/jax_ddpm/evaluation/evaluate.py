@@ -54,15 +54,15 @@ def evaluate(
         raise UserError(f"--out={out}: give the name of a .json; curves and pictures go beside it")
     result: dict[str, Any] = {"subject": _subject(what), "measured": {}, "calibration": {}}
     drawings: list[Drawing] = []
+    if "coding" in metrics:  # which may find that it cannot be drawn, before anything is
+        assert what.trained is not None
+        assert what.source is not None
+        drawings.append(partial(draw_coding, what.trained, what.source, what.split))
     if "bpd" in metrics:
         result["measured"]["bpd"], drawing = _bound(what, poll)
         drawings.append(drawing)
     if "nll" in metrics:
         result["measured"]["nll"] = _nll(what, poll)
-    if "coding" in metrics:
-        assert what.trained is not None
-        assert what.source is not None
-        drawings.append(partial(draw_coding, what.trained, what.source, what.split))
     if of_samples := [name for name in metrics if name in METRICS]:
         found, pictures = measure_quality(what, of_samples, poll)
         result |= found | {"measured": result["measured"] | found["measured"]}

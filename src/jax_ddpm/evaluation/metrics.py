@@ -9,6 +9,7 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation.agreement import agreement
 from jax_ddpm.evaluation.estimate import proportion
 from jax_ddpm.evaluation.features import Extractor, FeatureSet
+from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.evaluation.frechet import frechet_distance, require_covariance
 from jax_ddpm.evaluation.inception_score import inception_score
 from jax_ddpm.evaluation.kernel import kernel_distance
@@ -121,7 +122,7 @@ def _memorisation(samples: FeatureSet, protocol: Protocol) -> dict[str, Result]:
 
 
 def _agreement(samples: FeatureSet, protocol: Protocol) -> dict[str, Result]:
-    logits, labels = samples.everything().logits, samples.images.labels
+    logits, labels = finite(samples.everything().logits, "logits"), samples.images.labels
     assert labels is not None
     found = agreement(labels[: len(logits)], logits.argmax(axis=1), logits.shape[1])
     per_class = {str(label): share.value for label, share in found.per_class.items()}

@@ -1,6 +1,7 @@
 """Result records: what was measured, of what, how and where; and their comparison."""
 
 import json
+import math
 import os
 import pathlib
 import platform
@@ -50,7 +51,19 @@ def _command() -> str:
 
 
 def save_record(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Writes one result as JSON."""
+    """Writes one result as JSON.
+
+    Raises:
+      UserError: naming the results that are not finite.
+    """
+    results = {"measured": record["measured"], "calibration": record["calibration"]}
+    bad = [
+        name
+        for name, value in _fields(results)
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if bad:
+        raise UserError(f"{path}: not written, for {', '.join(bad)} would not be finite")
     with replacing(path) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
 

@@ -30,6 +30,7 @@ from jax_ddpm.diffusion.samplers.ddim import ddim
 from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
+from jax_ddpm.generate import require_finite
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, seed_key, stream_key
 from jax_ddpm.options import did_you_mean
@@ -170,6 +171,7 @@ def _edit(
     rows = np.asarray(given).reshape(-1, edit.together, *given.shape[1:])
     size = batch_size or trained.config.sampling.batch_size
     outputs = _draw(trained, edit, rows, seed, size, poll)
+    require_finite(outputs, f"edits of {'pairs' if edit.together == 2 else 'images'}")
     decode, drawn = trained.model.codec.decode, outputs["images"]
     found = decode(drawn.reshape(-1, *given.shape[1:]))
     return outputs | {

@@ -71,6 +71,10 @@ class TrainedClassifier:
         for index, mask in padded_batches(count, _BATCH_SIZE):
             batch = source.batch("heldout", index)
             _, logits = apply(self.params, batch["image"])
+            if not np.isfinite(logits).all():
+                raise UserError(
+                    "the classifier's logits are not finite; train it anew, at a lower rate"
+                )
             right += int(np.sum(mask & (np.argmax(logits, axis=1) == batch["label"])))
         return right / count
 

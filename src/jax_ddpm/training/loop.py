@@ -14,7 +14,7 @@ from jax_ddpm import factory, images
 from jax_ddpm.data.plan import batch_indices
 from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
-from jax_ddpm.generate import Generator
+from jax_ddpm.generate import Diverged, Generator
 from jax_ddpm.keys import seed_key
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
@@ -185,7 +185,13 @@ def _train(
                         meter.finish()
                     if drawer:
                         params = state.ema[task.serves]
-                        samples = drawer(params, config.seed, num_samples, poll=poll)
+                        try:
+                            samples = drawer(params, config.seed, num_samples, poll=poll)
+                        except Diverged as error:
+                            if done == num_steps:
+                                raise
+                            bar.say(f"no picture of step {done:,}: {error}")
+                            drawer = None
                     if due(every.heldout_every):
                         writer.write(done, heldout(state, poll))
                     if drawer:

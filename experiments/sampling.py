@@ -197,8 +197,8 @@ def plot_guidance(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
 
 
 def _save(figure: Any, out: pathlib.Path) -> None:
-    with replacing(out) as path:
-        figure.savefig(path, format="png", dpi=150)
+    with replacing(out) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -167,15 +167,15 @@ class TestRun:
 
     def test_evaluates_like_the_command(self, run, workdir, folder):
         flags = [f"--workdir={workdir}", "--num_steps=4", "--num_examples=20", "--metrics=bpd"]
-        command.succeeds("--mode=eval", *flags, f"--out={folder / 'command.json'}")
+        command.succeeds("--mode=eval", *flags, f"--out={folder / 'result.json'}")
         report = run.evaluate(["bpd"], num_examples=20)
-        told = json.loads((folder / "command.json").read_text())
+        told = json.loads((folder / "result.json").read_text())
         found = json.loads(json.dumps(report.record))
         assert found["measured"] == told["measured"]
         assert found["subject"] == told["subject"]
         assert report.path.parent == workdir / "evaluation"
-        named = run.evaluate("bpd", num_examples=20, out=folder / "python.json")
-        assert api.compare(folder / "command.json", named.path).splitlines()[1].startswith("bpd")
+        named = run.evaluate("bpd", num_examples=20, out=folder / "same.json")
+        assert api.compare(folder / "result.json", named.path).splitlines()[1].startswith("bpd")
 
     def test_stores_what_the_optimal_variance_needs(self, run, workdir):
         path = run.variance(20)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jax_ddpm.errors import UserError
 from jax_ddpm.images import (
     grid,
     load_png,
+    note_of,
     save_gif,
     save_grid,
     save_png,
@@ -133,6 +135,25 @@ class TestPng:
             assert (picture.format, picture.mode) == ("PNG", mode)
         assert [*path.parent.iterdir()] == [path]
 
+    def test_any_byte_that_has_changed_is_noticed(self, tmp_path):
+        """Pillow itself reads on past wrong checksums."""
+        path = tmp_path / "image.png"
+        save_png(path, self.image(0))
+        content = path.read_bytes()
+        for place in range(len(content)):
+            changed = bytearray(content)
+            changed[place] ^= 1
+            path.write_bytes(changed)
+            try:  # the end of the file may differ, which holds no pixels
+                np.testing.assert_array_equal(load_png(path), self.image(0))
+                assert place >= len(content) - 12
+            except UserError as error:
+                assert str(error) == f"{path}: no whole PNG; remove it and repeat"  # noqa: PT017
+        for length in range(0, len(content) - 12, 7):
+            path.write_bytes(content[:length])
+            with pytest.raises(UserError, match=r"image.png: no whole PNG; remove it"):
+                load_png(path)
+
     def test_same_image_same_bytes(self, tmp_path):
         for name in ("one.png", "other.png"):
             save_png(tmp_path / name, self.image(0))
@@ -146,9 +167,9 @@ class TestPng:
         if exists:
             save_png(path, self.image(0))
 
-        def halfway(picture, target, *arguments):
-            save(picture, target, *arguments)
-            target.write_bytes(target.read_bytes()[:50])
+        def halfway(picture, target, *arguments, **options):
+            save(picture, target, *arguments, **options)
+            target.truncate(50)
             raise KeyboardInterrupt
 
         def kill(*_):
@@ -168,3 +189,29 @@ class TestPng:
         save_png(path, self.image(1))
         np.testing.assert_array_equal(load_png(path), self.image(1))
         assert [*tmp_path.iterdir()] == [path]
+
+
+NOTES = [{"seed": 0, "class": None, "ε": [0.5, "a\nb"]}, [], "text"]
+
+
+class TestNote:
+    @pytest.mark.parametrize("note", NOTES)
+    def test_is_kept_beside_the_pixels(self, tmp_path, note):
+        moments = TestGif.moments(3)
+        save_png(tmp_path / "noted.png", moments[0, 0], note=note)
+        save_gif(tmp_path / "noted.gif", moments, columns=3, note=note)
+        save_gif(tmp_path / "plain.gif", moments, columns=3)
+        assert [note_of(tmp_path / name) for name in ("noted.png", "noted.gif")] == [note, note]
+        np.testing.assert_array_equal(load_png(tmp_path / "noted.png"), moments[0, 0])
+        frames = ([f for f, _ in TestGif.frames(tmp_path / f"{x}.gif")] for x in ("noted", "plain"))
+        for one, other in zip(*frames, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    @pytest.mark.parametrize("name", ["plain.png", "plain.gif", "photo.jpg", "text.png", "none"])
+    def test_others_have_none(self, tmp_path, name):
+        moments = TestGif.moments(2)
+        save_png(tmp_path / "plain.png", moments[0, 0])
+        save_gif(tmp_path / "plain.gif", moments, columns=3)
+        Image.fromarray(moments[0, 0, ..., 0]).save(tmp_path / "photo.jpg", comment=b"jax_ddpm {}")
+        (tmp_path / "text.png").write_text("jax_ddpm {}")
+        assert note_of(tmp_path / name) is None

@@ -1,12 +1,17 @@
-"""Images as uint8 in 0…255: grids and files."""
+"""Images as uint8 in 0…255: grids and files, which note what they are."""
 
+import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from jax_ddpm.errors import UserError
 from jax_ddpm.runtime.files import replacing
+
+_NOTE = "jax_ddpm"  # the keyword of a PNG's text, and the first word of a GIF's comment
 
 
 def grid(
@@ -58,9 +63,11 @@ def save_grid(
     images: UInt8[np.ndarray, "n h w c"],
     columns: int,
     heads: Sequence[str] = (),
+    *,
+    note: Any = None,
 ) -> None:
     """Writes images, gray (one channel) or colour (three), as one PNG grid."""
-    save_png(path, grid(images, columns, heads))
+    save_png(path, grid(images, columns, heads), note=note)
 
 
 def save_gif(
@@ -68,6 +75,8 @@ def save_gif(
     moments: UInt8[np.ndarray, "k n h w c"],
     columns: int,
     heads: Sequence[str] = (),
+    *,
+    note: Any = None,
 ) -> None:
     """Writes grids of images as the frames of a film, its end held for two seconds.
 
@@ -78,24 +87,56 @@ def save_gif(
     grids = [grid(images, columns, heads, min_size=32) for images in moments]
     frames = [Image.fromarray(g.squeeze(-1) if g.shape[-1] == 1 else g) for g in grids]
     milliseconds = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]
-    with replacing(path) as partial:
-        frames[0].save(
-            partial, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0
-        )
+    options: dict[str, Any] = {"duration": milliseconds, "loop": 0}
+    if note is not None:
+        options["comment"] = f"{_NOTE} {noted(note)[_NOTE]}".encode()
+    with replacing(path) as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], **options)
 
 
-def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
-    """Writes one image."""
+def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"], *, note: Any = None) -> None:
+    """Writes one image, with a ``note``, JSON, in its text."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for keyword, text in noted(note).items() if note is not None else ():
+        info.add_text(keyword, text)
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    with replacing(path) as file:
+        picture.save(file, "PNG", pnginfo=info)
+
+
+def noted(note: Any) -> dict[str, str]:
+    """A note as the text of a PNG, by its keyword."""
+    return {_NOTE: json.dumps(note)}
+
+
+def note_of(path: pathlib.Path) -> Any:
+    """The note that a PNG or GIF was written with; None where there is none."""
     from PIL import Image
 
-    with replacing(path) as partial:
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, "PNG")
+    try:
+        with Image.open(path, formats=("PNG", "GIF")) as image:
+            comment = image.info.get("comment", b"").decode()
+            return json.loads(image.info.get(_NOTE) or comment.removeprefix(_NOTE))
+    except Exception:  # Pillow can raise anything on damaged bytes
+        return None
 
 
 def load_png(path: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
-    """Reads what ``save_png`` wrote."""
+    """Reads what ``save_png`` wrote.
+
+    Raises:
+      UserError: naming the file, where it is missing or no longer as it was written.
+    """
     from PIL import Image
 
-    with Image.open(path, formats=["PNG"]) as image:
-        pixels = np.asarray(image)
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.verify()  # the checksums, which reading passes over
+        with Image.open(path, formats=("PNG",)) as image:
+            pixels = np.asarray(image)
+    except Exception as error:  # Pillow can raise anything on damaged bytes
+        raise UserError(f"{path}: no whole PNG; remove it and repeat") from error
     return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -131,7 +131,8 @@ def places(small_networks, tmp_path_factory):
     picture = files / "truncated" / "000007.png"
     picture.write_bytes(picture.read_bytes()[:60])
     save_png(files / "mixed" / "000007.png", images(6, 1, (8, 7, 1))[0])
-    (files / "no_pictures").mkdir()
+    for name in ("no_pictures", "folder.npz", "folder.json"):
+        (files / name).mkdir()
     (files / "weights.pth").write_text("no weights")
     torch_file(files / "empty.pth")
     records = {
@@ -285,6 +286,10 @@ WRONG = {
     "out_is_no_record": ([*FID, "--out={new}/result.png"], "--out="),
     "stats_without_out": ([*STATS, DIGITS], "--out is missing"),
     "stats_into_text": ([*STATS, DIGITS, "--out=a.txt"], "--out"),
+    "stats_into_a_folder": ([*STATS, DIGITS, "--out={files}/folder.npz"], "folder.npz is a folder"),
+    "stats_over_images": ([*STATS, DIGITS, "--out={files}/gray.npz"], "gray.npz exists already"),
+    "result_into_a_folder": ([*FID, "--out={files}/folder.json"], "folder.json is a folder"),
+    "result_over_text": ([*FID, "--out={files}/text.json"], "text.json exists already"),
     "stats_of_nothing": ([*STATS, "--out=a.npz"], "--config is missing"),
     "compare_nothing": (["--mode=compare"], "two records"),
     "compare_one": (["--mode=compare", "{files}/a.json"], "two records"),

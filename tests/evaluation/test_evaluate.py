@@ -213,6 +213,48 @@ class TestOut:
             evaluate(what(), ["bpd"], tmp_path, tmp_path / "out" / name)
         assert len([*(tmp_path / "out").glob("*.csv")]) == 2
 
+    @pytest.mark.parametrize("other", ["metrics", "subject", "num_examples", "text", "record"])
+    def test_is_written_over_by_the_same_request_alone(self, what, tmp_path, other, monkeypatch):
+        out = tmp_path / "mine.json"
+        first = evaluate(what(), ["bpd"], tmp_path, out).record
+        assert unfailing(evaluate(what(), ["bpd"], tmp_path, out).record) == unfailing(first)
+        if other in ("text", "record"):
+            without = {name: part for name, part in first.items() if name != "request"}
+            out.write_text("mine" if other == "text" else json.dumps(without))
+        changes = {"num_examples": {"num_examples": 9}, "subject": {"seeds": (1,)}}.get(other, {})
+        metrics = ["nll"] if other == "metrics" else ["bpd"]
+        before = out.read_bytes()
+        monkeypatch.setattr("jax_ddpm.evaluation.evaluate.measure_bound", pytest.fail)
+        with pytest.raises(UserError, match=rf"^--out={out} (was made with {other}|exists alr)"):
+            evaluate(what(**changes), metrics, tmp_path, out)
+        assert out.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "name", ["mine.png", "mine_nearest.png", "mine_decoding.png", "mine.csv"]
+    )
+    def test_leaves_files_of_others_beside_it_alone(self, what, tmp_path, name):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UserError, match=rf"mine\.json: .*{name} lies beside it; give another"):
+            evaluate(what(), ["bpd"], tmp_path, tmp_path / "mine.json")
+        assert (tmp_path / name).read_text() == "mine"
+
+    def test_curves_without_their_record_are_those_of_a_killed_evaluation(self, what, tmp_path):
+        out = tmp_path / "mine.json"
+        evaluate(what(), ["bpd", "memorisation"], tmp_path, out)
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("mine*.*g")}
+        assert len(before) == 2
+        out.unlink()
+        evaluate(what(), ["bpd", "memorisation"], tmp_path, out)
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("mine*.*g")} == before
+
+    @pytest.mark.parametrize("name", ["folder.json", "file/mine.json"])
+    def test_that_cannot_be_written_is_refused_first(self, what, tmp_path, name):
+        (tmp_path / "folder.json").mkdir()
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match=rf"--out=.*{name}: .*(is a folder|cannot be written)"):
+            evaluate(what(), ["bpd"], tmp_path, tmp_path / name)
+        assert not (tmp_path / "cache").exists()
+
     @pytest.mark.parametrize("name", ["mine.png", "mine.csv", "mine.npz", "mine"])
     def test_of_another_kind_is_refused(self, what, tmp_path, name):
         """A record would replace its own curve."""

@@ -35,7 +35,7 @@ class Killer:
     @staticmethod
     def hook(event, arguments):
         self = Killer._active
-        if self is None or event not in ("open", "os.rename", "os.mkdir"):
+        if self is None or event not in ("open", "os.rename", "os.mkdir", "os.remove"):
             return
         path, mode = arguments[:2]
         if not str(path).startswith(self.folder):
@@ -44,12 +44,17 @@ class Killer:
         if self.left >= 0:
             return
         Killer._active = None
-        if self.torn and event == "open" and isinstance(mode, str) and "w" in mode:
+        if self.left == -1 and self.torn and event == "open" and mode == "xb":
             pathlib.Path(path).write_bytes(b"half")
+        Killer._active = self  # the dead clear nothing up
         raise Killed
 
 
 sys.addaudithook(Killer.hook)
+
+
+def results(cache, identity=IDENTITY):
+    return ResultCache(cache, identity, arrays(0))
 
 
 def arrays(part):
@@ -91,23 +96,23 @@ def finished(cache):
 
 
 def test_come_back_to_the_last_bit(tmp_path):
-    parts = ResultCache(tmp_path, IDENTITY)
+    parts = results(tmp_path)
     parts.complete(COUNT, Computer(), "squares")
     assert_complete(parts)
-    assert_complete(ResultCache(tmp_path, IDENTITY))
+    assert_complete(results(tmp_path))
 
 
 def test_are_not_computed_again(tmp_path):
-    ResultCache(tmp_path, IDENTITY).complete(2, Computer(), "squares")
+    results(tmp_path).complete(2, Computer(), "squares")
     for count, missing in ((1, []), (2, []), (4, [2, 3]), (4, [])):
         computer = Computer()
-        ResultCache(tmp_path, IDENTITY).complete(count, computer, "squares")
+        results(tmp_path).complete(count, computer, "squares")
         assert computer.computed == missing
 
 
 @pytest.mark.parametrize("lost", [[0], [1, 3], [0, 1, 2, 3]])
 def test_those_that_got_lost_are(tmp_path, lost):
-    parts, computer = ResultCache(tmp_path, IDENTITY), Computer()
+    parts, computer = results(tmp_path), Computer()
     parts.complete(COUNT, Computer(), "squares")
     for part in lost:
         (path,) = tmp_path.glob(f"*/{part:06}.npz")
@@ -121,11 +126,11 @@ def test_those_that_got_lost_are(tmp_path, lost):
 def test_computation_goes_on_where_it_was_killed(tmp_path, last):
     computer = Computer()
     with pytest.raises(Killed):
-        ResultCache(tmp_path, IDENTITY).complete(COUNT, Computer(last), "squares")
+        results(tmp_path).complete(COUNT, Computer(last), "squares")
     assert finished(tmp_path) == [*range(last)]
-    ResultCache(tmp_path, IDENTITY).complete(COUNT, computer, "squares")
+    results(tmp_path).complete(COUNT, computer, "squares")
     assert computer.computed == [*range(last, COUNT)]
-    assert_complete(ResultCache(tmp_path, IDENTITY))
+    assert_complete(results(tmp_path))
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -134,13 +139,13 @@ def test_killed_before_any_file_operation(tmp_path, torn):
         cache, computer = tmp_path / str(k), Computer()
         try:
             with Killer(cache, k, torn):
-                ResultCache(cache, IDENTITY).complete(COUNT, Computer(), "squares")
+                results(cache).complete(COUNT, Computer(), "squares")
             break
         except Killed:
             kept = finished(cache)
-            ResultCache(cache, IDENTITY).complete(COUNT, computer, "squares")
+            results(cache).complete(COUNT, computer, "squares")
             assert sorted([*kept, *computer.computed]) == [*range(COUNT)]
-            assert_complete(ResultCache(cache, IDENTITY))
+            assert_complete(results(cache))
     assert k > 2 * COUNT
 
 
@@ -158,30 +163,55 @@ def test_killed_before_any_file_operation(tmp_path, torn):
     ],
 )
 def test_of_another_identity_are_others(tmp_path, other):
-    ResultCache(tmp_path, IDENTITY).complete(COUNT, Computer(), "squares")
+    results(tmp_path).complete(COUNT, Computer(), "squares")
     computer = Computer()
-    ResultCache(tmp_path, IDENTITY | other).complete(COUNT, computer, "squares")
+    results(tmp_path, IDENTITY | other).complete(COUNT, computer, "squares")
     assert computer.computed == [*range(COUNT)]
     assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_the_order_of_fields_means_nothing(tmp_path):
-    ResultCache(tmp_path, IDENTITY).complete(COUNT, Computer(), "squares")
-    ResultCache(tmp_path, dict(reversed(IDENTITY.items()))).complete(COUNT, Computer(0), "squares")
+    results(tmp_path).complete(COUNT, Computer(), "squares")
+    results(tmp_path, dict(reversed(IDENTITY.items()))).complete(COUNT, Computer(0), "squares")
 
 
-@pytest.mark.parametrize("damage", [b"", b"no archive", None])
-def test_damaged_ones_are_named(tmp_path, damage):
-    """Empty as after a power cut, something else, or with a bit changed in an array."""
-    parts = ResultCache(tmp_path, IDENTITY)
+@pytest.mark.parametrize("damage", ["empty", "cut off", "changed", "other arrays"])
+def test_damaged_ones_are_named_and_computed_again(tmp_path, damage):
+    """Empty as after a power cut, with a bit changed in an array, or of another program."""
+    parts, computer = results(tmp_path), Computer()
     parts.complete(COUNT, Computer(), "squares")
     (path,) = tmp_path.glob("*/000002.npz")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
-    path.write_bytes(content if damage is None else damage)
-    with pytest.raises(UserError, match=r"000002\.npz: cannot be read; remove it") as caught:
+    lengths = {"empty": 0, "cut off": 100, "changed": None}
+    if damage in lengths:
+        path.write_bytes(content[: lengths[damage]])
+    else:
+        np.savez(path, pictures=np.zeros(3))
+    with pytest.raises(UserError, match=r"000002\.npz .*; the same command computes it again$"):
         parts.load(2)
-    assert "\n" not in str(caught.value)
-    path.unlink()
-    parts.complete(COUNT, Computer(), "squares")
+    with pytest.warns(UserWarning, match=r"000002\.npz is damaged; computing it again"):
+        parts.complete(COUNT, computer, "squares")
+    assert computer.computed == [2]
     assert_complete(parts)
+
+
+def test_another_process_that_computes_them_is_waited_for(tmp_path):
+    """By the user: neither does the other's work."""
+
+    def compute(wanted):
+        with pytest.raises(UserError, match=r"another process computes squares there; wait"):
+            results(tmp_path).complete(COUNT, Computer(0), "squares")
+        yield from Computer()(wanted)
+
+    results(tmp_path).complete(COUNT, compute, "squares")
+    assert_complete(results(tmp_path))
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    results(tmp_path).complete(1, Computer(), "squares")
+    (folder,) = tmp_path.iterdir()
+    (folder / ".000001.npz.jax_ddpm-partial").write_bytes(b"half")
+    results(tmp_path).complete(2, Computer(), "squares")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"identity.json", "000000.npz", "000001.npz"}

@@ -1,6 +1,8 @@
 """Images from files, edited by a model and written into files."""
 
+import dataclasses
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -78,9 +80,11 @@ def request_for(files, edit, images="colour.npz", mask="mask.png", **fields):
 
 def edited(model, tmp_path, request, **how):
     """The arrays that are written."""
-    write_edits(model, tmp_path / "out.npz", request, **how)
-    with np.load(tmp_path / "out.npz") as arrays:
-        return dict(arrays)
+    out = tmp_path / "out.npz"
+    out.unlink(missing_ok=True)
+    write_edits(model, out, request, **how)
+    with np.load(out) as arrays:
+        return {name: arrays[name] for name in arrays if name != "record"}
 
 
 def pixels(files, name="colour.npz"):
@@ -290,6 +294,39 @@ class TestRefusals:
         request = request_for(files, "inpaint", resamplings=2, jump_length=2)
         line = self.refuses(make(sampling__sampler="dpmpp_2m"), request, tmp_path / "out.png")
         assert line.startswith("--edit=inpaint: only a sampler without history")
+
+    @pytest.mark.parametrize("name", ["out.png", "out.npz"])
+    def test_of_outputs_of_others(self, model, files, tmp_path, name):
+        """Neither a file of the user, nor an input, nor what another request has made."""
+        out, request = tmp_path / name, request_for(files, "inpaint")
+        shutil.copy(files / ("mask.png" if name == "out.png" else "colour.npz"), out)
+        before = out.read_bytes()
+        given = {"mask": out} if name == "out.png" else {"images": out}
+        for each in (request, dataclasses.replace(request, **given)):
+            with pytest.raises(UserError, match=rf"--out={out} exists already; remove it, or"):
+                write_edits(model, out, each, poll=lambda: pytest.fail("drawn"))
+            assert out.read_bytes() == before
+        out.unlink()
+        write_edits(model, out, request, seed=3)
+        before = out.read_bytes()
+        write_edits(model, out, request, seed=3, batch_size=2)
+        assert out.read_bytes() == before
+        others = {
+            "seed 3, not 0": request,
+            "num_samples 3, not 2": request_for(files, "inpaint", num_samples=2),
+            "images_sha256": request_for(files, "inpaint", "three.npz"),
+            "mask_sha256": dataclasses.replace(request, mask=KEPT),
+        }
+        for named, other in others.items():
+            with pytest.raises(UserError, match=f"was made with {named}"):
+                write_edits(
+                    model,
+                    out,
+                    other,
+                    seed=0 if other is request else 3,
+                    poll=lambda: pytest.fail("drawn"),
+                )
+            assert out.read_bytes() == before
 
     @pytest.mark.parametrize("name", ["folder", "x.jpg", ".png"])
     def test_of_other_outputs(self, model, files, tmp_path, name):

@@ -58,12 +58,12 @@ class Artist:
 
 
 def into_folder(out, number, draw=None, **record):
-    write_folder(out, draw or Artist(), SIZE, number, RECORD | record)
+    write_folder(out, draw or Artist(), SIZE, number, RECORD | record, (3, 2, 1))
 
 
 def into_npz(out, number, draw=None, **record):
     labels = np.arange(number, dtype=np.int32) % 3
-    write_npz(out, draw or Artist(), SIZE, number, RECORD | record, labels)
+    write_npz(out, draw or Artist(), SIZE, number, RECORD | record, labels, (3, 2, 1))
 
 
 WRITERS = {"folder": into_folder, "file.npz": into_npz}
@@ -123,7 +123,7 @@ class TestFolder:
         for i in lost:
             path = out / f"{i:06}.png"
             if rng.random() < 0.5:
-                path.with_name(path.name + ".partial").write_bytes(path.read_bytes()[:20])
+                path.with_name(f".{path.name}.jax_ddpm-partial").write_bytes(path.read_bytes()[:20])
             path.unlink()
         kept = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
         into_folder(out, 14, artist)
@@ -170,6 +170,36 @@ class TestFolder:
             into_folder(out, 6, Artist(0))
         assert everything(tmp_path) == {"folder": None, f"folder/{name}": b"mine"}
 
+    @pytest.mark.parametrize("damage", ["cut off", "empty", "changed", "another shape"])
+    def test_damaged_images_are_named_and_drawn_again(self, tmp_path, damage):
+        out, artist = tmp_path / "folder", Artist()
+        into_folder(out, 10)
+        before = everything(tmp_path)
+        path = out / "000005.png"
+        content = bytearray(path.read_bytes())
+        if damage == "another shape":
+            images.save_png(path, np.zeros((2, 3, 1), np.uint8))
+        elif damage == "changed":
+            content[-20] ^= 1
+            path.write_bytes(content)
+        else:
+            path.write_bytes(content[:60] if damage == "cut off" else b"")
+        with pytest.warns(UserWarning, match=r"folder: damaged, and drawn again: 000005\.png$"):
+            into_folder(out, 10, artist)
+        assert artist.starts == [4]
+        assert everything(tmp_path) == before
+
+    def test_another_process_that_writes_there_is_waited_for(self, tmp_path):
+        """By the user: neither does the other's work."""
+
+        def draw(starts):
+            with pytest.raises(UserError, match=rf"^--out={tmp_path}.*draws samples there"):
+                into_folder(tmp_path / "folder", 6, Artist(0))
+            yield from Artist()(starts)
+
+        into_folder(tmp_path / "folder", 6, draw)
+        assert_drawn(tmp_path / "folder", 6)
+
     def test_an_empty_folder_is_taken(self, tmp_path):
         into_folder(tmp_path, 3)
         assert_drawn(tmp_path, 3)
@@ -187,7 +217,7 @@ class TestNpz:
             np.testing.assert_array_equal(arrays["labels"], [0, 1, 2, 0, 1, 2, 0][:number])
 
     def test_without_classes_has_no_labels(self, tmp_path):
-        write_npz(tmp_path / "file.npz", Artist(), SIZE, 6, RECORD, None)
+        write_npz(tmp_path / "file.npz", Artist(), SIZE, 6, RECORD, None, (3, 2, 1))
         with np.load(tmp_path / "file.npz") as arrays:
             assert [*arrays] == ["images"]
 
@@ -212,8 +242,31 @@ class TestNpz:
     def test_another_number_is_refused(self, tmp_path, number):
         into_npz(tmp_path / "file.npz", 6)
         before = everything(tmp_path)
-        with pytest.raises(UserError, match=f"file.npz holds .* num_samples 6, not {number}"):
+        with pytest.raises(UserError, match=f"file.npz was made with num_samples 6, not {number}"):
             into_npz(tmp_path / "file.npz", number, Artist(0))
+        assert everything(tmp_path) == before
+
+    @pytest.mark.parametrize("length", [0, 30, 500, None])
+    def test_a_damaged_one_is_named_and_made_again(self, tmp_path, length):
+        """Cut off, as by a power cut, or with a bit changed in an image."""
+        into_npz(tmp_path / "file.npz", 6)
+        before = everything(tmp_path)
+        content = bytearray((tmp_path / "file.npz").read_bytes())
+        content[content.index(drawn(3).tobytes())] ^= 1
+        (tmp_path / "file.npz").write_bytes(content[:length])
+        with pytest.warns(UserWarning, match=r"file\.npz is damaged; its samples are drawn again"):
+            into_npz(tmp_path / "file.npz", 6)
+        assert everything(tmp_path) == before
+
+    @pytest.mark.parametrize("there", [False, True])
+    def test_a_folder_of_others_beside_it_is_left_alone(self, tmp_path, there):
+        if there:
+            into_npz(tmp_path / "file.npz", 6)
+        (tmp_path / "file.npz.images").mkdir()
+        (tmp_path / "file.npz.images" / "000000.png").write_text("mine")
+        before = everything(tmp_path)
+        with contextlib.suppress(UserError):
+            into_npz(tmp_path / "file.npz", 6)
         assert everything(tmp_path) == before
 
     def test_a_file_of_another_kind_is_refused(self, tmp_path):
@@ -249,6 +302,19 @@ class TestRecord:
         held = json.loads((tmp_path / f"{name}.json").read_text())
         assert held == RECORD | {"seed": 1, "num_samples": 5}
 
+    @pytest.mark.parametrize("content", [b"", b"{}", b'{"seed": 0}', b"mine"])
+    def test_a_file_in_its_place_is_left_alone(self, tmp_path, name, content):
+        (tmp_path / f"{name}.json").write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}\.json for its record, which is something"):
+            WRITERS[name](tmp_path / name, 6, Artist(0))
+        assert everything(tmp_path) == {f"{name}.json": content}
+
+    def test_settings_that_only_it_has_differ_too(self, tmp_path, name):
+        """The new record may leave out what is usual."""
+        WRITERS[name](tmp_path / name, 6, eta=0.5)
+        with pytest.raises(UserError, match=f"{name} was made with eta 0.5, not None;"):
+            WRITERS[name](tmp_path / name, 6, Artist(0))
+
     @pytest.mark.parametrize("text", ["", "{", "[]", "7", "\udcff", "{}"])
     def test_that_is_none_is_refused(self, tmp_path, name, text):
         WRITERS[name](tmp_path / name, 6)
@@ -259,7 +325,8 @@ class TestRecord:
 
 
 class Killer:
-    """While entered, raises ``Killed`` before the k-th operation on files below a folder.
+    """While entered, raises ``Killed`` before the k-th operation on files below a folder, and each
+    one after it, so that nothing is cleared up.
 
     ``torn``: a file that would be opened for writing there is left half written.
     """
@@ -289,8 +356,9 @@ class Killer:
         if self.left >= 0:
             return
         Killer._active = None
-        if self.torn and event == "open" and isinstance(mode, str) and "w" in mode:
+        if self.left == -1 and self.torn and event == "open" and mode == "xb":
             pathlib.Path(path).write_bytes(b"half")
+        Killer._active = self
         raise Killed
 
 
@@ -323,7 +391,7 @@ class TestKilledBetweenFileOperations:
         folder.mkdir()
         for _ in range(100):
             try:
-                with Killer(folder, rng.randrange(40), torn):
+                with Killer(folder, rng.randrange(120), torn):
                     write(folder / name, 11)
                 break
             except Killed:
@@ -580,6 +648,25 @@ class TestRefusals:
     def test_of_files_that_are_no_folder(self, model, tmp_path, name):
         (tmp_path / name).write_text("mine")
         assert "give a .png, a .gif, an .npz, or a folder" in self.refuses(model, tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["x.png", "x.gif"])
+    def test_of_pictures_of_others(self, make, model, tmp_path, name):
+        """Only the same request writes over a picture, to the last bit."""
+        out = tmp_path / name
+        out.write_text("mine")
+        assert "exists already; remove it" in self.refuses(model, out)
+        out.unlink()
+        out.symlink_to(tmp_path / "nothing")
+        assert "exists already; remove it" in self.refuses(model, out)
+        out.unlink()
+        write_samples(model, out, 7)
+        before = everything(tmp_path)
+        write_samples(model, out, 7, batch_size=2 * SIZE)
+        assert everything(tmp_path) == before
+        assert "num_samples 7, not 6;" in self.refuses(model, out, num_samples=6)
+        assert "seed 0, not 1;" in self.refuses(model, out, seed=1)
+        assert "moments" in self.refuses(model, out, moments=3)
+        assert "checkpoint_step 4, not 8;" in self.refuses(make(step=8), out)
 
     def test_of_unknown_suffixes(self, model, tmp_path):
         assert "x.jpg" in self.refuses(model, tmp_path / "x.jpg")

@@ -349,12 +349,14 @@ def fid_stats(
     from jax_ddpm.evaluation.extractors import make_extractor
     from jax_ddpm.evaluation.features import extract
     from jax_ddpm.evaluation.image_sets import file_set, split_set
-    from jax_ddpm.evaluation.reference import reference_of, save_moments
+    from jax_ddpm.evaluation.reference import reference_of, request_of, save_moments
+    from jax_ddpm.inference.outputs import require_place, require_writable
 
     _start()
     path = pathlib.Path(out)
     if path.suffix != ".npz":
         raise UserError(f"--out={out}: give the name of an .npz, such as --out=cifar10.npz")
+    require_writable(path, f"--out={out}")
     if samples is not None:
         images = file_set(pathlib.Path(samples))
     else:
@@ -364,6 +366,8 @@ def fid_stats(
         images = split_set(source, split)
     folder = pathlib.Path(cache or path.with_name(path.name + ".cache"))
     measure = make_extractor(None if extractor is None else os.fspath(extractor), images.shape())
+    known = images.identity | {"count": images.count}
+    require_place(path, request_of(known, measure))
     features = extract(measure, images, images.count, batch_size or 64, folder, poll)
     save_moments(path, reference_of(features), measure)
     return path

@@ -96,5 +96,5 @@ def _save(place: pathlib.Path, known: dict[str, _Known]) -> None:
 
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with replacing(place) as path:
-            path.write_text(json.dumps(known))
+        with replacing(place) as file:
+            file.write(json.dumps(known).encode())

@@ -1,21 +1,27 @@
 """Bits/dim and the rate–distortion curve of a trained model (Ho et al. 2020, sections 4.2, 4.3)."""
 
 import dataclasses
+import io
 import pathlib
 from collections.abc import Iterable
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float
 
+from jax_ddpm import images
 from jax_ddpm.data.source import Source
 from jax_ddpm.evaluation.estimate import Estimate
 from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.evaluation.result_cache import Arrays
 from jax_ddpm.evaluation.split_terms import split_terms
+from jax_ddpm.inference.outputs import beside
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream
 from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runtime.stopping import Poll, never
+
+COLUMNS = ("t", "term", "term_standard_error", "rate", "rmse")  # of the curve's table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +85,7 @@ def measure_bound(
         denoiser=model.denoiser(trained.params),
         terms=terms,
         stream=Stream.BOUND,
+        names=("steps", "prior", "x0_mse"),
         identity={"computes": "variational bound"},
     )
     bound = reduce_terms(parts, count)
@@ -140,19 +147,21 @@ def write_curve(bound: Bound, stem: pathlib.Path) -> None:
         bound.rmse,
         strict=True,
     )
-    with replacing(stem.with_name(f"{stem.name}.csv")) as path, path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["t", "term", "term_standard_error", "rate", "rmse"])
+    with replacing(stem.with_name(f"{stem.name}.csv")) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
         writer.writerows(reversed(list(rows)))
-    with replacing(stem.with_name(f"{stem.name}.png")) as path:
-        _plot(path, bound)
+        text.detach()
+    with replacing(stem.with_name(f"{stem.name}.png")) as file:
+        _plot(file, bound, images.noted(beside(stem)))
 
 
-def _plot(path: pathlib.Path, bound: Bound) -> None:
+def _plot(file: BinaryIO, bound: Bound, metadata: dict[str, str]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(bound.cumulative_rate, bound.rmse)
     axes.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE, 0–255)", ylim=(0, None))
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(file, format="png", dpi=150, metadata=metadata)

@@ -20,6 +20,7 @@ from jax_ddpm.diffusion.samplers.ancestral import ancestral
 from jax_ddpm.diffusion.samplers.grid import to_clean
 from jax_ddpm.diffusion.samplers.scan import sample
 from jax_ddpm.generate import require_finite
+from jax_ddpm.inference.outputs import beside
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, stream_key
 
@@ -136,5 +137,6 @@ def draw_coding(trained: Trained, source: Source, split: str, stem: pathlib.Path
     require_finite(decoding, "cells of the picture of decoding")
     require_finite(rows, "cells of the picture of interpolation")
     decode = trained.model.codec.decode
-    images.save_grid(stem.with_name(f"{stem.name}_decoding.png"), decode(decoding), columns)
-    images.save_grid(stem.with_name(f"{stem.name}_interpolation.png"), decode(rows), columns=9)
+    for name, cells, width in (("decoding", decoding, columns), ("interpolation", rows, 9)):
+        path, note = stem.with_name(f"{stem.name}_{name}.png"), beside(stem)
+        images.save_grid(path, decode(cells), width, note=note)

@@ -10,16 +10,20 @@ from typing import Any, NamedTuple
 from jax_ddpm.data.source import Source
 from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import record
-from jax_ddpm.evaluation.bound import measure_bound, write_curve
+from jax_ddpm.evaluation.bound import COLUMNS, measure_bound, write_curve
 from jax_ddpm.evaluation.coding import draw_coding
 from jax_ddpm.evaluation.image_sets import file_set
 from jax_ddpm.evaluation.metrics import METRICS
 from jax_ddpm.evaluation.nll import SETTINGS, measure_nll
 from jax_ddpm.evaluation.quality import Drawing, Evaluation, measure_quality
+from jax_ddpm.images import note_of
+from jax_ddpm.inference.outputs import beside, require_place, require_writable
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.options import did_you_mean
+from jax_ddpm.runtime.distributed import from_first
 from jax_ddpm.runtime.stopping import Poll, never
 
+_PICTURES = ("", "_decoding", "_interpolation", "_nearest")
 KNOWN = ("bpd", "nll", "coding", *METRICS)
 
 
@@ -52,7 +56,14 @@ def evaluate(
     _check(what, metrics)
     if out is not None and out.suffix != ".json":
         raise UserError(f"--out={out}: give the name of a .json; curves and pictures go beside it")
-    result: dict[str, Any] = {"subject": _subject(what), "measured": {}, "calibration": {}}
+    subject = _subject(what)
+    request = {"subject": _digest(subject), "metrics": list(metrics)} | _settings(what)
+    if out is None:
+        require_writable(folder / "record.json", f"{folder}")
+    else:
+        require_place(out, request)
+        _require_beside(out.with_suffix(""))
+    result: dict[str, Any] = {"subject": subject, "measured": {}, "calibration": {}}
     drawings: list[Drawing] = []
     if "coding" in metrics:  # which may find that it cannot be drawn, before anything is
         assert what.trained is not None
@@ -73,9 +84,38 @@ def evaluate(
         out = folder / f"{'-'.join(metrics)}_{_digest([result['subject'], protocols])[:8]}.json"
     for draw in drawings:
         draw(out.with_suffix(""))
+    result["request"] = request
     result["provenance"] = record.provenance(time.perf_counter() - start)
     record.save_record(out, result)
     return Report(out, result)
+
+
+def _settings(what: Evaluation) -> dict[str, Any]:
+    """The rest of a request, besides its subject and its metrics."""
+    return {
+        "data": what.source.spec.identity if what.source else None,
+        "num_samples": what.num_samples,
+        "num_examples": what.num_examples,
+        "split": what.split,
+        "reference": what.reference,
+        "extractor": what.extractor,
+        "calibrate": what.calibrate,
+    }
+
+
+def _require_beside(stem: pathlib.Path) -> None:
+    """Checks that curves and pictures beside a record are only of such."""
+    if others := from_first(lambda: [str(path) for path in _others_beside(stem)]):
+        raise UserError(f"--out={stem}.json: {others[0]} lies beside it; give another name")
+
+
+def _others_beside(stem: pathlib.Path) -> list[pathlib.Path]:
+    table = stem.with_name(f"{stem.name}.csv")
+    pictures = [stem.with_name(f"{stem.name}{part}.png") for part in _PICTURES]
+    others = [path for path in pictures if path.exists() and note_of(path) != beside(stem)]
+    if table.exists() and not table.read_bytes().startswith(",".join(COLUMNS).encode()):
+        others.append(table)
+    return others
 
 
 def _check(what: Evaluation, metrics: list[str]) -> None:

@@ -112,7 +112,7 @@ def extract(
         # A set that grows fills its last batch only then, so the end is part of the identity.
         "ends_at": images.count if images.count % batch_size else None,
     }
-    parts = ResultCache(cache, identity)
+    parts = ResultCache(cache, identity, Features._fields)
     parts.complete(len(batches), compute, f"{extractor.name} features")
 
     def stored() -> Iterator[Features]:

@@ -77,7 +77,7 @@ def sample_set(
         "seed": seed,
         "batch_size": size,
     }
-    parts = ResultCache(cache, identity)
+    parts = ResultCache(cache, identity, ["images"])
     parts.complete(num_parts, compute, f"samples of seed {seed}")
     load = lru_cache(maxsize=2)(lambda part: parts.load(int(part))["images"])
 

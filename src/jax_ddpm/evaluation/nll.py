@@ -63,6 +63,7 @@ def measure_nll(
         denoiser=model.denoiser(trained.params, clip=False),
         terms=terms,
         stream=Stream.LIKELIHOOD,
+        names=("nll",),
         identity={"computes": "likelihood by the probability-flow ODE"} | SETTINGS,
     )
     nats = np.concatenate([part["nll"] for part in parts])[:count]

@@ -24,6 +24,7 @@ from jax_ddpm.evaluation.image_sets import (
 )
 from jax_ddpm.evaluation.metrics import METRICS, Protocol, Result, check_possible, combine
 from jax_ddpm.evaluation.reference import holds_moments, load_moments, reference_of
+from jax_ddpm.inference.outputs import beside
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.runtime.stopping import Poll, never
 
@@ -226,7 +227,7 @@ def _draw_nearest(samples: FeatureSet, protocol: Protocol, stem: pathlib.Path) -
         for images, index in ((samples.images, closest), (real.images, found.neighbour[closest]))
     ]
     path = stem.with_name(f"{stem.name}_nearest.png")
-    pictures.save_png(path, pictures.grid(np.concatenate(rows), columns))
+    pictures.save_grid(path, np.concatenate(rows), columns, note=beside(stem))
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -64,8 +64,8 @@ def save_record(path: pathlib.Path, record: dict[str, Any]) -> None:
     ]
     if bad:
         raise UserError(f"{path}: not written, for {', '.join(bad)} would not be finite")
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    with replacing(path) as file:
+        file.write((json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def load_record(path: pathlib.Path) -> dict[str, Any]:

@@ -42,10 +42,15 @@ def holds_moments(path: pathlib.Path) -> bool:
         return False
 
 
+def request_of(reference: dict[str, Any], extractor: Extractor) -> dict[str, Any]:
+    """All that decides moments, as their file notes it."""
+    return {"reference": reference, "extractor": extractor.record}
+
+
 def save_moments(path: pathlib.Path, reference: Reference, extractor: Extractor) -> None:
     """Writes ``mu`` and ``sigma``, as other projects read them, with ``count`` and ``record``."""
-    record = json.dumps({"reference": reference.record, "extractor": extractor.record})
-    with replacing(path) as partial, partial.open("wb") as file:
+    record = json.dumps(request_of(reference.record, extractor))
+    with replacing(path) as file:
         np.savez(
             file,
             mu=reference.moments.mean,

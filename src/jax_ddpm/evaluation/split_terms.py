@@ -30,13 +30,15 @@ def split_terms(
     denoiser: Denoiser,
     terms: Callable[..., dict[str, jax.Array]],
     stream: Stream,
+    names: Iterable[str],
     identity: dict[str, Any],
 ) -> Iterator[Arrays]:
     """``terms(denoiser, x0, keys, conditioning)`` of ``count`` examples or more, part by part.
 
     The examples come in a random order, always the same, each once. The key of an example depends
     only on its place in the split, so that its terms are the same whatever the batches and devices.
-    A conditional model is told the truth. ``identity`` names the computation.
+    A conditional model is told the truth. ``names`` are those of the terms, and ``identity`` names
+    the computation.
     """
     size = source.spec.split_sizes[split]
     order = batch_indices(0, 0, size, size)
@@ -63,6 +65,6 @@ def split_terms(
             yield part, {name: array[inside] for name, array in found.items()}
 
     of_data = {"data": source.spec.identity, "split": split, "batch_size": batch_size}
-    parts = ResultCache(cache, identity | {"model": trained.model_record} | of_data)
+    parts = ResultCache(cache, identity | {"model": trained.model_record} | of_data, names)
     parts.complete(len(batches), compute, "bits/dim")
     return map(parts.load, range(len(batches)))

@@ -12,6 +12,7 @@ from jax_ddpm.data.source import Source
 from jax_ddpm.diffusion.optimal_variance import X0Error, visited_times, x0_error
 from jax_ddpm.evaluation.finite import finite
 from jax_ddpm.inference.companions import x0_error_path
+from jax_ddpm.inference.outputs import require_writable
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, stream_key
 from jax_ddpm.runs.checkpoint import digest
@@ -59,6 +60,8 @@ def store_x0_error(
     poll: Poll = never,
 ) -> pathlib.Path:
     """Writes the statistic beside its parameters, and returns its path."""
+    out = x0_error_path(workdir, trained.step, trained.item)
+    require_writable(out, f"--workdir={workdir}")
     statistic = estimate_x0_error(trained, source, num_examples, batch_size, poll)
     record = {
         "computes": "E‖x_0 - x̂_0‖²/d at rising λ",
@@ -68,7 +71,6 @@ def store_x0_error(
         "sha256": digest(statistic),
     }
     columns = {name: column.tolist() for name, column in statistic._asdict().items()}
-    out = x0_error_path(workdir, trained.step, trained.item)
-    with replacing(out) as path:
-        path.write_text(json.dumps(record | columns, ensure_ascii=False) + "\n")
+    with replacing(out) as file:
+        file.write((json.dumps(record | columns, ensure_ascii=False) + "\n").encode())
     return out

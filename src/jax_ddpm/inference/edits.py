@@ -1,6 +1,7 @@
 """Images edited with a trained model: files in, a grid or an ``.npz`` out."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,9 +32,11 @@ from jax_ddpm.diffusion.samplers.scan import Sampler, sample
 from jax_ddpm.errors import UserError
 from jax_ddpm.factory import Model
 from jax_ddpm.generate import require_finite
+from jax_ddpm.inference.outputs import require_place
 from jax_ddpm.inference.trained import Trained
 from jax_ddpm.keys import Stream, example_keys, seed_key, stream_key
 from jax_ddpm.options import did_you_mean
+from jax_ddpm.runs.checkpoint import digest
 from jax_ddpm.runtime import devices
 from jax_ddpm.runtime.files import replacing
 from jax_ddpm.runtime.pipeline import run_ahead
@@ -101,25 +104,39 @@ def write_edits(
     """Writes the edited images into ``out``, a ``.png``, or an ``.npz`` as from ``edit_images``.
 
     The picture has a row for each image or pair: the image as the model saw it, the images made of
-    it, and the pair's other image.
+    it, and the pair's other image. Both keep all that decides them: the picture as its note, the
+    ``.npz`` as its array ``record``.
 
     Raises:
-      UserError: where files or settings do not fit each other or the model.
+      UserError: where files or settings do not fit each other or the model, or ``out`` is not of
+        the same request.
     """
     if out.suffix not in (".png", ".npz") or out.is_dir():
         raise UserError(f"--out={out}: give the name of a .png or an .npz")
     edit, given = _prepare(trained.model, request)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    record = _record(trained, request, given) | {"seed": seed}
+    require_place(out, record)
     arrays = _edit(trained, edit, given, seed, batch_size, poll)
     if out.suffix == ".npz":
-        with replacing(out) as partial, partial.open("wb") as packed:
-            np.savez(packed, **arrays)  # type: ignore[arg-type]
+        with replacing(out) as file:
+            np.savez(file, record=np.array(json.dumps(record)), **arrays)  # type: ignore[arg-type]
         return
     seen = arrays["given"]
     ends = seen.reshape(-1, edit.together, *seen.shape[1:])
     shown = np.concatenate([ends[:, :1], arrays["images"], ends[:, 1:]], axis=1)
     picture = images.grid(shown.reshape(-1, *seen.shape[1:]), columns=shown.shape[1])
-    images.save_png(out, picture)
+    images.save_png(out, picture, note=record)
+
+
+def _record(trained: Trained, request: Request, given: Float[Array, "n *shape"]) -> dict[str, Any]:
+    """All that decides the edited images besides the seed, as JSON."""
+    settings = {field.name: getattr(request, field.name) for field in dataclasses.fields(Request)}
+    del settings["images"], settings["asked"]
+    mask = settings.pop("mask")
+    kept = None if mask is None else digest(_read_kept(trained.model, mask))
+    noted = trained.model.sampling_conditions.noted(request.asked)
+    content = {"images_sha256": digest(given), "mask_sha256": kept}
+    return trained.record | settings | content | noted
 
 
 def edit_images(

@@ -88,8 +88,8 @@ class FrozenReader:
 def save_frozen(workdir: pathlib.Path, records: Mapping[str, Any]) -> None:
     """Notes which frozen networks a run began with in ``frozen.json``, if there are any."""
     if records:
-        with replacing(workdir / _NAME) as path:
-            path.write_text(json.dumps(records, indent=2) + "\n")
+        with replacing(workdir / _NAME) as file:
+            file.write((json.dumps(records, indent=2) + "\n").encode())
 
 
 def _read(donor: pathlib.Path, step: int | None) -> Frozen:

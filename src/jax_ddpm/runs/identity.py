@@ -87,10 +87,10 @@ def _interval(workdir: pathlib.Path) -> float:
 
 def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None:
     """Notes the run's identity in ``config.json`` and ``data.json``."""
-    with replacing(workdir / "config.json") as path:
-        path.write_text(config.to_json(indent=2) + "\n")
-    with replacing(workdir / "data.json") as path:
-        path.write_text(json.dumps(to_json(spec), indent=2) + "\n")
+    with replacing(workdir / "config.json") as file:
+        file.write((config.to_json(indent=2) + "\n").encode())
+    with replacing(workdir / "data.json") as file:
+        file.write((json.dumps(to_json(spec), indent=2) + "\n").encode())
 
 
 def load_identity(workdir: pathlib.Path, step: int | None = None) -> tuple[ConfigDict, Spec]:

@@ -1,4 +1,4 @@
-"""A run's folder: made, and kept from other jobs while one trains into it."""
+"""A run's folder: made, kept from other jobs while one trains into it, and nobody else's."""
 
 import errno
 import fcntl
@@ -69,6 +69,70 @@ with claimed(pathlib.Path({str(tmp_path)!r})):
         self.claim(tmp_path)
 
     def test_reading_needs_none(self, tmp_path):
-        save_identity(tmp_path, tiny.config(seed=5), tiny.spec())
         with claimed(tmp_path):
+            save_identity(tmp_path, tiny.config(seed=5), tiny.spec())
             assert load_identity(tmp_path)[0].seed == 5
+
+
+WRITTEN = ["config.json", "data.json", "frozen.json", "metrics.jsonl", "samples", "tensorboard"]
+
+
+class TestWhatIsNotOurs:
+    """Training would overwrite it."""
+
+    @staticmethod
+    def refuses(workdir):
+        before = sorted(workdir.rglob("*"))
+        with pytest.raises(UserError, match=f"^--workdir={workdir} ") as caught, claimed(workdir):
+            pytest.fail("claimed")
+        assert sorted(workdir.rglob("*")) == before
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    @pytest.mark.parametrize("name", WRITTEN)
+    @pytest.mark.parametrize("beside", ["nothing", "checkpoints", "checkpoints of another"])
+    def test_is_refused(self, tmp_path, name, beside):
+        (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text('{"a": 1}')
+        if beside != "nothing":
+            (tmp_path / "checkpoints").mkdir()
+        if beside == "checkpoints of another":
+            (tmp_path / "checkpoints" / "model.pt").touch()
+        assert name in self.refuses(tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "[]", "7", "null", '{"model": {}}', "[" * 100_000])
+    def test_is_a_config_of_another_program(self, tmp_path, text):
+        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "checkpoints").mkdir()
+        assert "config.json of something else" in self.refuses(tmp_path)
+
+    def test_are_checkpoints_of_another_program(self, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "last.orbax-checkpoint-tmp").touch()
+        assert "checkpoints of something else" in self.refuses(tmp_path)
+
+    def test_a_run_without_its_checkpoints_is_refused(self, tmp_path):
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        (tmp_path / "metrics.jsonl").write_text("{}")
+        line = self.refuses(tmp_path)
+        assert "config.json, data.json, metrics.jsonl, but its checkpoints/ are gone; bring" in line
+
+    @pytest.mark.parametrize("killed_after", range(5))
+    def test_a_run_killed_before_its_first_checkpoint_goes_on(self, tmp_path, killed_after):
+        """It writes in this order."""
+        (tmp_path / "checkpoints").mkdir()
+        if killed_after:
+            save_identity(tmp_path, tiny.config(), tiny.spec())
+        if killed_after == 1:
+            (tmp_path / "data.json").unlink()
+        if killed_after > 2:
+            (tmp_path / "metrics.jsonl").touch()
+        if killed_after > 3:
+            (tmp_path / "tensorboard").mkdir()
+        with claimed(tmp_path):
+            pass
+
+    def test_anything_else_may_lie_there(self, tmp_path):
+        (tmp_path / "notes.txt").touch()
+        (tmp_path / "evaluation").mkdir()
+        with claimed(tmp_path):
+            pass

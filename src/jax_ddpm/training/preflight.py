@@ -20,6 +20,7 @@ from jax_ddpm.keys import seed_key
 from jax_ddpm.runs import checkpoint
 from jax_ddpm.runs.checkpoint import Checkpoints
 from jax_ddpm.runs.identity import require_same_run
+from jax_ddpm.runs.workdir import require_ours
 from jax_ddpm.runtime.devices import make_mesh
 from jax_ddpm.runtime.distributed import from_first, is_first
 from jax_ddpm.runtime.stopping import Poll, never
@@ -76,7 +77,7 @@ class Preflight:
         return "; ".join(filter(None, (text, never_warm(self.config))))
 
     def write_access(self) -> str:
-        """A folder can be made in the workdir."""
+        """A folder can be made in the workdir, which is a run's or holds nothing of one."""
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=_TRIAL, dir=self.workdir):
@@ -85,6 +86,7 @@ class Preflight:
             raise UserError(
                 f"--workdir={self.workdir}: cannot be written ({error.strerror})"
             ) from error
+        require_ours(self.workdir)
         return f"{self.workdir}, {_bytes(shutil.disk_usage(self.workdir).free)} free"
 
     def data(self) -> str:

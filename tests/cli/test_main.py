@@ -510,6 +510,17 @@ class TestProcess:
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[1].split() == ["fid", "3", "3"]
 
+    def test_a_terminal_of_ascii_shows_what_it_can(self, tmp_path):
+        """A table, after all that was measured, does not fail for a ±."""
+        result = {"value": 3.0, "std": 0.5}
+        record = {"subject": {}, "measured": {"fid": {"protocol": {}, "result": result}}}
+        (tmp_path / "ε.json").write_text(json.dumps(record))
+        ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        flags = ["--mode=compare", tmp_path / "ε.json", tmp_path / "ε.json"]
+        found = self.python("-m", "jax_ddpm.main", *flags, **ascii_only)
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.count("3 \\xb1 0.5") == 2
+
     def test_a_mistake_is_exit_code_1(self):
         result = self.python("-m", "jax_ddpm.main", "--mode=sample", "--seed=-1")
         assert (result.returncode, result.stdout) == (1, "")

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import platform
+import pwd
 import stat
 import subprocess
 import sys
@@ -69,9 +70,26 @@ def test_another_cpu_has_another_cache(cache, monkeypatch):
     keep_compiled()
     here = cache()
     read = pathlib.Path.read_text
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: read(path).replace("sse2", "sse3"))
+    monkeypatch.setattr(
+        pathlib.Path, "read_text", lambda path, *how: read(path, *how).replace("sse2", "sse3")
+    )
     keep_compiled()
     assert cache() != here
+
+
+def test_without_a_home_nothing_is_kept(cache, monkeypatch):
+    """As in a container whose user has no entry in passwd."""
+
+    def nobody(_):
+        raise KeyError
+
+    before = cache()
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.warns(UserWarning, match="^compiled programs are not kept: .* home directory"):
+        keep_compiled()
+    assert cache() == before
 
 
 def test_a_cache_that_is_set_stays():

@@ -1,6 +1,7 @@
 """A command carried out in a process of its own: XLA, the job, signals and exit codes."""
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -16,6 +17,8 @@ from jax_ddpm.runtime.stopping import EXIT_CODE, Stopped, StopRequest, never
 
 def run(command: Command) -> None:
     """Prints the command's result; a mistake is one line and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "±" shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     mode, given = RUN[command.mode], dict(command.given)
     if not MODES[command.mode].on_devices:

@@ -69,7 +69,7 @@ def _from_json(path: pathlib.Path) -> ConfigDict:
 def _from_file(path: pathlib.Path) -> ConfigDict:
     module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
-        exec(compile(path.read_text(), str(path), "exec"), module)
+        exec(compile(path.read_bytes(), str(path), "exec"), module)
         config = module["get_config"]() if "get_config" in module else None
     except (Exception, SystemExit) as error:
         lines = [

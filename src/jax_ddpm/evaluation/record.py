@@ -174,7 +174,7 @@ def _git() -> dict[str, Any] | None:
 def _processor() -> str:
     """The model of the CPU, where Linux names it."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return platform.processor()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")

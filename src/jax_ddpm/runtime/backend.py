@@ -119,7 +119,11 @@ def _private_cache() -> pathlib.Path:
 def cpu_kind() -> str:
     """Names the folder of a cache, because hosts of several kinds may share a home."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+    lines = (
+        cpuinfo.read_text("utf-8", "replace").splitlines()
+        if cpuinfo.exists()
+        else [platform.processor()]
+    )
     kind = sorted({line for line in lines if line.startswith(("flags", "Features"))})
     digest = hashlib.sha256("".join(kind).encode()).hexdigest()[:8]
     return f"{platform.machine()}-{digest}"

@@ -232,7 +232,7 @@ class TestRecord:
         files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         other = jax_ddpm.load(workdir, **fields)
         (field,) = fields
-        with pytest.raises(UserError, match=f"holds samples with {field} ") as caught:
+        with pytest.raises(UserError, match=f"was made with {field} ") as caught:
             write_samples(other, tmp_path / name, 9)
         assert "\n" not in str(caught.value)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files

@@ -150,7 +150,6 @@ class TestCheck:
             ({"reads": ("codecc",)}, "phase network reads 'codecc'"),
             ({"objective": lambda *_: None}, "the objective of phase network is measured"),
         ],
-        ids=str,
     )
     def test_of_a_phase(self, recipe, changes, said):
         phase = recipe.phases[0]._replace(**changes)

@@ -42,8 +42,7 @@ def file_hashes(root: pathlib.Path, files: Sequence[str]) -> dict[str, str]:
     now = time.time_ns()
     stats = over_files(lambda file: _readable(os.stat, root / file), files)
     sizes = {file: stat.st_size for file, stat in stats.items()}
-    kept = _folder() if sum(sizes.values()) >= _WORTH_KEEPING else None
-    place = kept and kept / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+    place = _place(root) if sum(sizes.values()) >= _WORTH_KEEPING else None
     known = _load(place) if place else {}
     fresh = {
         file: _Known(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, "")
@@ -79,9 +78,14 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _folder() -> pathlib.Path | None:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(root) / "jax_ddpm" / "contents" if os.path.isabs(root) else None
+def _place(root: pathlib.Path) -> pathlib.Path | None:
+    from jax_ddpm.runtime.backend import private_cache
+
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    try:
+        return private_cache("contents") / f"{name}.json"
+    except (OSError, RuntimeError):  # without a home, all is read again
+        return None
 
 
 def _load(place: pathlib.Path) -> dict[str, _Known]:
@@ -94,7 +98,5 @@ def _load(place: pathlib.Path) -> dict[str, _Known]:
 def _save(place: pathlib.Path, known: dict[str, _Known]) -> None:
     from jax_ddpm.runtime.files import replacing
 
-    with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with replacing(place) as file:
-            file.write(json.dumps(known).encode())
+    with contextlib.suppress(OSError), replacing(place) as file:
+        file.write(json.dumps(known).encode())

@@ -100,15 +100,20 @@ def keep_compiled() -> None:
     import jax
 
     try:
-        jax.config.update("jax_compilation_cache_dir", str(_private_cache()))
+        jax.config.update("jax_compilation_cache_dir", str(private_cache(cpu_kind())))
     except (OSError, RuntimeError) as error:  # no home, or not ours
         warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
 
 
-def _private_cache() -> pathlib.Path:
+def private_cache(name: str) -> pathlib.Path:
+    """A folder for what may be made anew, in ``~/.cache/jax_ddpm`` or ``XDG_CACHE_HOME``.
+
+    Raises:
+      OSError or RuntimeError: where there is no home, or the folder cannot be ours alone.
+    """
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     ours = root / "jax_ddpm"
-    for folder in (ours, ours / cpu_kind()):
+    for folder in (ours, ours / name):
         folder.mkdir(parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             raise PermissionError(f"{folder} belongs to another user")

@@ -149,7 +149,7 @@ class TestAdditions:
         params, origin = begin(tmp_path, trained)
         np.testing.assert_array_equal(params["network"]["w"], 2)
         np.testing.assert_array_equal(params["critic"]["w"], 1)
-        assert origin == f"parameters of {tmp_path}, step 1"
+        assert origin == f"parameters of {tmp_path}, step 1; drawn: critic"
 
     def test_networks_of_one_name_are_taken(self, tmp_path):
         save(tmp_path, network={"w": jnp.full(3, 2.0)}, critic={"w": jnp.full(3, 3.0)})

@@ -324,7 +324,7 @@ class Odd(Quadratic):
     ("change", "said"),
     [
         (lambda loss: (loss.mean(), {}, ()), r"its loss is \(\); it must be one"),
-        (lambda loss: (loss[:, None], {}, ()), r"its loss is \(8, 1\)"),
+        (lambda loss: (loss[:, None], {}, ()), r"its loss is \(\d, 1\)"),
         (lambda loss: (loss, {"loss": (loss, loss)}, ()), "rename its metric loss"),
         (lambda loss: (loss, {"q": loss}, ()), "its metric q must be values and"),
         (lambda loss: (loss, {"q": (loss, 1.0)}, ()), "its metric q must be"),

@@ -156,6 +156,9 @@ class Scaled:
     num_levels: int = dataclasses.field(metadata={"static": True})
     bounded = False
 
+    def with_levels(self, num_levels):
+        return dataclasses.replace(self, num_levels=num_levels)
+
     def encode(self, batch, keys=None):
         return self.factor * Pixels(self.shape, self.num_levels).encode(batch)
 

@@ -59,7 +59,7 @@ def restored(stored: dict[str, Any], where: str) -> ConfigDict:
     return config
 
 
-def modules_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+def modules_of(config: Mapping[str, Any] | ConfigDict) -> tuple[str, ...]:
     """The user's modules that a config names.
 
     Raises:

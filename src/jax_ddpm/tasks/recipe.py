@@ -128,7 +128,7 @@ def _require_once(kind: str, names: list[str], remedy: str) -> None:
             raise UserError(f"recipe: {name!r} is twice among its {kind}; {remedy}")
 
 
-def _require_count(what: str, value: int, low: int) -> None:
+def _require_count(what: str, value: Any, low: int) -> None:
     if not (is_a(value, int) and value >= low):
         raise UserError(f"recipe: {what} is {value!r}; it must be a whole number, at least {low}")
 

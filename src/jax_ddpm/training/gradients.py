@@ -99,7 +99,7 @@ def _step_keys(seed: Any, step: Array, share: int, axes: tuple[str, ...]) -> Ste
 
 
 def _check_output(
-    phase: Phase, loss: Array, metrics: Metrics, after: Any, before: Any, batch: tuple[int, ...]
+    phase: Phase, loss: Any, metrics: Any, after: Any, before: Any, batch: tuple[int, ...]
 ) -> None:
     """Raises UserError, while the step is traced, where an objective gives what it must not."""
     where = f"the objective of phase {phase.name}"

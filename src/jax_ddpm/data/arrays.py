@@ -30,7 +30,7 @@ def require_room(num_bytes: int) -> None:
         )
 
 
-def _memory() -> float:
+def _memory() -> int | float:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # a system that does not say

@@ -215,7 +215,7 @@ class ContinuousProcess:
         """1 under variance preservation, else σ(t)."""
         if self.scaling == "variance_preserving":
             return 1.0
-        return float(self.sigma(np.array(t)))
+        return float(self.sigma(np.array([t]))[0])
 
 
 # A schedule that reaches infinity is followed to this |λ| (Hoogeboom et al. 2023).

@@ -77,7 +77,7 @@ def _logged(workdir: pathlib.Path) -> int:
     return max(map(int, steps), default=0)
 
 
-def _interval(workdir: pathlib.Path) -> float:
+def _interval(workdir: pathlib.Path) -> int | float:
     """The steps between its checkpoints."""
     try:
         return read_json(workdir / "config.json")["training"]["checkpoint_every"]

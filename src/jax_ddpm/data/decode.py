@@ -67,7 +67,7 @@ def decode_mask(content: bytes) -> Bool[np.ndarray, "height width"]:
     with _opened(io.BytesIO(content)) as image:
         image = ImageOps.exif_transpose(image)
         brightest = np.asarray(image).max() if image.mode.startswith("I;16") else _WHITE
-        pixels = np.asarray(_eight_bits(image, max(brightest, 1)).convert("RGBA"))
+        pixels = np.asarray(_eight_bits(image, max(int(brightest), 1)).convert("RGBA"))
         brightness = np.where(pixels[..., 3] < 128, 0, pixels[..., :3].max(axis=-1))
         return brightness >= max(1, brightness.max() / 2)
 

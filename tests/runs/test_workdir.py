@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import pathlib
 import subprocess
 import sys
 
@@ -114,7 +115,37 @@ class TestWhatIsNotOurs:
         save_identity(tmp_path, tiny.config(), tiny.spec())
         (tmp_path / "metrics.jsonl").write_text("{}")
         line = self.refuses(tmp_path)
-        assert "config.json, data.json, metrics.jsonl, but its checkpoints/ are gone; bring" in line
+        assert "config.json, data.json, metrics.jsonl, but its checkpoints are gone; bring" in line
+        (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
+        assert "its checkpoints are gone" in self.refuses(tmp_path)
+        (tmp_path / "data.json").rename(tmp_path / "noted")
+        assert "its checkpoints are gone" in self.refuses(tmp_path)
+
+    def test_so_is_what_has_only_its_data_noted(self, tmp_path):
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        (tmp_path / "config.json").unlink()
+        assert "data.json of something else" in self.refuses(tmp_path)
+
+    def test_so_is_one_whose_every_checkpoint_was_moved(self, tmp_path):
+        """The log has come so far that there has been one; its last line was cut by a kill."""
+        (tmp_path / "checkpoints").mkdir()
+        save_identity(tmp_path, tiny.config(), tiny.spec())
+        every = tiny.config().training.checkpoint_every
+        log = tmp_path / "metrics.jsonl"
+        log.write_text(f'{{"step": {2 * every + 1}, "loss": 1}}\n{{"ste')
+        assert "its checkpoints are gone" in self.refuses(tmp_path)
+        log.write_text(f'{{"step": {2 * every}, "loss": 1}}\n{{"ste')
+        with claimed(tmp_path):
+            pass
+
+    @pytest.mark.parametrize("make", [pathlib.Path.touch, lambda path: path.symlink_to(path)])
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_so_is_one_whose_checkpoints_cannot_be_read(self, tmp_path, make, begun):
+        if begun:
+            save_identity(tmp_path, tiny.config(), tiny.spec())
+        make(tmp_path / "checkpoints")
+        with pytest.raises(UserError, match="its checkpoints cannot be read"), claimed(tmp_path):
+            pytest.fail("claimed")
 
     @pytest.mark.parametrize("killed_after", range(5))
     def test_a_run_killed_before_its_first_checkpoint_goes_on(self, tmp_path, killed_after):

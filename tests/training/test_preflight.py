@@ -228,21 +228,16 @@ class TestRunInTheWorkdir:
         assert [*run.glob(".*")] == []
 
     @pytest.mark.parametrize(
-        ("replace", "check", "said"),
-        [
-            (pathlib.Path.touch, "data", "cannot be read"),
-            (lambda path: path.symlink_to(path), "write access", "checkpoints/ are gone"),
-        ],
-        ids=["a file", "a link to itself"],
+        "replace", [pathlib.Path.touch, lambda path: path.symlink_to(path)], ids=["file", "link"]
     )
-    def test_must_have_a_folder_of_checkpoints(self, run, replace, check, said):
+    def test_must_have_a_folder_of_checkpoints_that_can_be_read(self, run, replace):
         (run / "checkpoints").rename(run / "moved")
         replace(run / "checkpoints")
-        assert said in fails(check, config(training__num_steps=5), run)
+        assert "cannot be read" in fails("write access", config(training__num_steps=5), run)
 
     def test_must_not_have_lost_its_checkpoints(self, run):
         (run / "checkpoints").rename(run / "moved")
-        assert "checkpoints/ are gone" in fails("write access", config(training__num_steps=5), run)
+        assert "checkpoints are gone" in fails("write access", config(training__num_steps=5), run)
 
     def test_must_not_be_past_its_end(self, run):
         line = fails("checkpoints", config(training__num_steps=3), run)

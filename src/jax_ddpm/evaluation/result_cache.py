@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_ddpm.data.arrays import read_npz
 from jax_ddpm.errors import UserError
 from jax_ddpm.runtime.distributed import from_first, is_first
 from jax_ddpm.runtime.files import locked, replacing, sweep
@@ -79,9 +80,8 @@ class ResultCache:
         """
         path = self._path(part)
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        except Exception as error:  # zipfile can raise anything on damaged bytes
+            arrays = read_npz(path)
+        except ValueError as error:
             raise UserError(f"{path} is damaged; the same command computes it again") from error
         if arrays.keys() != self._names:
             raise UserError(f"{path} holds other arrays; the same command computes it again")

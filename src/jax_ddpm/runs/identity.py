@@ -6,10 +6,8 @@ has no checkpoint yet.
 
 import contextlib
 import json
-import math
 import operator
 import pathlib
-import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -30,11 +28,9 @@ def require_same_run(
     """Compares with the run whose checkpoints lie in the workdir, if there is one.
 
     Raises:
-      UserError: naming all that differs in meaning, which only warns where changes are accepted; or
-        where the checkpoints of a run that has been are gone.
+      UserError: naming all that differs in meaning. It only warns where changes are accepted.
     """
     if not checkpoint.steps(workdir):
-        _require_none_lost(workdir)
         return
     try:
         step = checkpoint.choose_step(workdir, None, "config")
@@ -52,37 +48,6 @@ def require_same_run(
         )
     if changes:
         warnings.warn(f"going on with changes: {listed}", stacklevel=2)
-
-
-def _require_none_lost(workdir: pathlib.Path) -> None:
-    """Raises UserError where a run without a checkpoint must have had one.
-
-    A run makes their folder before it notes its identity, and waits for each checkpoint before it
-    begins the next: beyond the second, there has been one.
-    """
-    if not (workdir / "config.json").exists() and not (workdir / "data.json").exists():
-        return
-    if checkpoint.folder(workdir).is_dir() and _logged(workdir) <= 2 * _interval(workdir):
-        return
-    raise UserError(
-        f"--workdir={workdir}: a run has been there, and its checkpoints are missing; bring them "
-        "back, or start over in another --workdir"
-    )
-
-
-def _logged(workdir: pathlib.Path) -> int:
-    """The steps that the run had done by the last line of its log."""
-    path = workdir / "metrics.jsonl"
-    steps = re.findall(rb'^{"step": (\d+)', path.read_bytes(), re.M) if path.exists() else []
-    return max(map(int, steps), default=0)
-
-
-def _interval(workdir: pathlib.Path) -> int | float:
-    """The steps between its checkpoints."""
-    try:
-        return read_json(workdir / "config.json")["training"]["checkpoint_every"]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def save_identity(workdir: pathlib.Path, config: ConfigDict, spec: Spec) -> None:

@@ -12,7 +12,6 @@ from jax_ddpm.errors import UserError
 from jax_ddpm.evaluation import record
 from jax_ddpm.evaluation.bound import COLUMNS, measure_bound, write_curve
 from jax_ddpm.evaluation.coding import draw_coding
-from jax_ddpm.evaluation.image_sets import file_set
 from jax_ddpm.evaluation.metrics import METRICS
 from jax_ddpm.evaluation.nll import SETTINGS, measure_nll
 from jax_ddpm.evaluation.quality import Drawing, Evaluation, measure_quality
@@ -191,7 +190,8 @@ def _subject(what: Evaluation) -> dict[str, Any]:
     """The subject of the record: the model or the images measured."""
     if what.trained is None or what.samples is not None:
         assert what.samples is not None
-        return {"images": what.samples.name} | file_set(what.samples).identity
+        assert what.files is not None
+        return {"images": what.samples.name} | what.files.identity
     config = what.trained.config.to_dict()
     return what.trained.record | {
         "seeds": list(what.seeds),

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,18 @@ class Evaluation:
         assert self.trained is not None
         return self.trained
 
+    @cached_property
+    def files(self) -> ImageSet | None:
+        """The images of ``samples``."""
+        return None if self.samples is None else file_set(self.samples)
+
+    @cached_property
+    def reference_files(self) -> ImageSet | None:
+        """The real images, where they lie in files and not in the run's data or as moments."""
+        path = pathlib.Path(self.reference)
+        given = self.reference not in ("train", "heldout") and not holds_moments(path)
+        return file_set(path) if given else None
+
 
 def measure_quality(
     what: Evaluation, metrics: list[str], poll: Poll = never
@@ -83,7 +95,7 @@ def measure_quality(
     Raises:
       UserError: where these images cannot be measured so.
     """
-    files = file_set(what.samples) if what.samples is not None else None
+    files = what.files
     shape = files.shape() if files else what.model().spec.image_shape
     if _real_images_are_gray(what):
         shape = (*shape[:2], 1)
@@ -183,20 +195,17 @@ def _sample_sets(what: Evaluation, poll: Poll) -> list[ImageSet]:
 
 
 def _real_set(what: Evaluation, reference: str) -> ImageSet:
-    if reference not in ("train", "heldout"):
-        return file_set(pathlib.Path(reference))
+    if reference == what.reference and what.reference_files:
+        return what.reference_files
     assert what.source is not None
     return split_set(what.source, reference)
 
 
 def _real_images_are_gray(what: Evaluation) -> bool:
     """Whether samples must be gray to be compared with them."""
-    path = pathlib.Path(what.reference)
     if what.source is not None:
         return what.source.spec.image_shape[-1] == 1
-    if what.reference in ("train", "heldout") or holds_moments(path):
-        return False
-    return file_set(path).shape()[-1] == 1
+    return what.reference_files is not None and what.reference_files.shape()[-1] == 1
 
 
 def _calibration_sets(what: Evaluation, count: int) -> dict[str, ImageSet]:
